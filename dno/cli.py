@@ -1,0 +1,109 @@
+"""The command line of the scripts, made of `dno.settings.Settings`."""
+
+import argparse
+import signal
+import sys
+import warnings
+from dataclasses import fields
+from typing import get_args, get_type_hints
+
+from dno.errors import UserError
+from dno.settings import Settings
+
+# Exit codes: 2 bad input (argparse's own), 130 Ctrl-C, 143 SIGTERM: 128 + the signal's number, as shells have it.
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+
+EXIT_CODES = "exit codes: 0 done, 2 bad input or a fault that the one-line message names, 130 Ctrl-C, 143 SIGTERM"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised like Ctrl-C so that the run closes its files in the same way."""
+
+
+def build_parser(description, defaults):
+    """One flag for each setting, in groups. defaults: the script's own, by setting name."""
+    summary, commands = description.strip().split("\n\n", 1)
+    rewards = ", ".join(name + ("" if usable else " (--evaluate only)") for name, usable in _zoo())
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]",
+        description=summary,
+        epilog=f"rewards: {rewards}, or a loss factory of your own: FILE.py:FUNCTION\n\n{commands}\n\n{EXIT_CODES}",
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    types = get_type_hints(Settings)
+    groups = {}
+    for setting in fields(Settings):
+        group = setting.metadata["group"]
+        groups[group] = groups.get(group) or parser.add_argument_group(group)
+        groups[group].add_argument(
+            f"--{setting.name}",
+            type=_value_type(types[setting.name]),
+            default=defaults.get(setting.name, setting.default),
+            help=setting.metadata["help"].replace("%", "%%"),
+            **setting.metadata["argument"],
+        )
+    return parser
+
+
+def main(description, prefix, **defaults):
+    """Run a script: flags in, an exit code out.
+
+    description: the script's docstring: a summary line, then the commands to try.
+    prefix: of the run folder's name.
+    """
+    arguments = vars(build_parser(description, defaults).parse_args())
+    signal.signal(signal.SIGTERM, _terminate)
+    warnings.showwarning = _show_warning
+    screen = None
+    try:
+        Settings(**arguments).resolve()  # before the libraries, which take seconds to import
+        from dno.alignment import align
+        from dno.screen import Screen
+
+        screen = Screen()
+        align(**arguments, prefix=prefix, screen=screen)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt as stop:
+        terminated = isinstance(stop, Terminated)
+        kept = f"; what was found is in {screen.folder}" if screen and screen.folder else ""
+        print(f"stopped by {'SIGTERM' if terminated else 'Ctrl-C'}{kept}", file=sys.stderr)
+        sys.exit(TERMINATED if terminated else INTERRUPTED)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Keep the commands' lines as they are, and say each default once."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28, width=100)
+
+    def _get_help_string(self, action):
+        shown = action.default if not isinstance(action.default, list | tuple) else " ".join(action.default)
+        if shown in (None, "", argparse.SUPPRESS) or "default" in action.help:
+            return action.help
+        return f"{action.help} [{shown}]"
+
+
+def _zoo():
+    from rewards import RFUNCTIONS
+
+    return [(name, getattr(factory, "differentiable", True)) for name, factory in RFUNCTIONS.items()]
+
+
+def _value_type(hint):
+    """The type of one value of a setting: of `int | None` int, of `tuple[str, ...]` str."""
+    return next((kind for kind in get_args(hint) if kind is not type(None)), hint)
+
+
+def _terminate(number, frame):
+    raise Terminated
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None):
+    # tqdm.write keeps the line clear of the progress bar.
+    from tqdm import tqdm
+
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+

@@ -1,0 +1,197 @@
+"""From a model's name to a frozen model on the device; whatever can go wrong is one line."""
+
+import contextlib
+import json
+import re
+import warnings
+from pathlib import Path
+
+import torch
+
+from dno.errors import UserError
+from dno.models import StableDiffusion, model_spec
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FAMILIES = {family.pipeline_class: family for family in (StableDiffusion,)}
+# Where the other published pipelines belong.
+SCRIPTS = {"StableDiffusionPipeline": "dno_stable_diffusion.py", "StableDiffusionXLPipeline": "dno_sdxl.py"}
+
+
+def resolve_device(name):
+    """`--device` as a torch.device. Raises UserError where this torch cannot use it."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, present in available.items() if present)
+    if not available[name]:
+        raise UserError(f"--device {name}: this torch ({torch.__version__}) sees no such device; use --device auto")
+    return torch.device(name)
+
+
+def resolve_precision(name, device):
+    """`--precision` as a torch dtype: auto is bf16 on a GPU that has it, else fp32."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return PRECISIONS[name]
+
+
+def load_model(name, dtype=torch.float32, device="cpu", variant=None, lora=None, model_config=None):
+    """Load a text-to-image model, frozen, all of it stored in `dtype`.
+
+    name: a row of `MODELS`, hub id, diffusers folder or single .safetensors file.
+    model_config: pipeline folder that says how to read a single file, where the hub cannot be reached.
+    lora: PATH_OR_ID[:SCALE], added to the weights.
+    Raises UserError: no such model, not a Stable Diffusion, weights missing, damaged or in a pickle, gated, no network.
+    """
+    source = model_spec(name).source
+    path = Path(source).expanduser()
+    with _quiet():
+        if path.is_file():
+            pipe = _load_file(path, dtype, model_config)
+        elif path.is_dir():
+            pipe = _load_folder(path, dtype, variant)
+        elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.startswith("."):
+            pipe = _load_hub(source, dtype, variant)
+        else:
+            raise UserError(f"--model {name}: no such folder or file; expected one, or a hub id such as owner/name")
+        if lora:
+            _add_lora(pipe, lora)
+        family = FAMILIES[type(pipe).__name__]
+        return family(pipe.to(device))
+
+
+def _load_file(path, dtype, model_config):
+    from diffusers import StableDiffusionPipeline
+
+    if path.suffix != ".safetensors":
+        raise UserError(f"--model {path}: only .safetensors is read, since a pickle can run code; convert it first")
+    fix = "is the file whole?" if model_config else "without a network, give its pipeline's folder with --model_config"
+    with _explained(f"--model {path} could not be read ({fix})"):
+        return StableDiffusionPipeline.from_single_file(
+            str(path), config=model_config, torch_dtype=dtype, local_files_only=model_config is not None,
+            safety_checker=None, requires_safety_checker=False,
+        )  # fmt: skip
+
+
+def _load_folder(folder, dtype, variant):
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"--model {folder}: no model_index.json in it; expected a diffusers pipeline's folder")
+    with _explained(f"{index} is damaged"):
+        _check_class(json.loads(index.read_text()).get("_class_name"), folder)
+    for part in ("unet", "vae", "text_encoder"):
+        files = sorted(file.name for file in (folder / part).glob("*") if file.is_file())
+        if not any(name.endswith(".safetensors") for name in files):
+            pickles = [name for name in files if name.endswith((".bin", ".pt", ".ckpt"))]
+            raise UserError(
+                f"--model {folder}: {part}/ has no .safetensors file"
+                + (f", only {pickles[0]}, a pickle, which can run code; save the model with safe_serialization=True"
+                   if pickles else "; download the model again")
+            )  # fmt: skip
+    return _from_pretrained(str(folder), dtype, variant)
+
+
+def _load_hub(name, dtype, variant):
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        index = hf_hub_download(name, "model_index.json")
+    except errors.GatedRepoError:
+        raise UserError(f"--model {name} is gated: accept its licence on its page, then run `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"--model {name}: neither a folder here nor a model on the hub; check the spelling") from None
+    except errors.EntryNotFoundError as error:
+        # LocalEntryNotFoundError, the kind without a network, is one of these.
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            raise _no_network(name) from None
+        raise UserError(f"--model {name} is no diffusers pipeline: it has no model_index.json") from None
+    except (OSError, errors.HfHubHTTPError):
+        raise _no_network(name) from None
+    _check_class(json.loads(Path(index).read_text()).get("_class_name"), name)
+    return _from_pretrained(name, dtype, variant)
+
+
+def _no_network(name):
+    return UserError(
+        f"--model {name}: the hub cannot be reached and the model is in no local cache; give a local folder, or try "
+        "--model sprites, which comes with this project"
+    )
+
+
+def _check_class(got, where):
+    if got not in FAMILIES:
+        other = f"; use {SCRIPTS[got]}" if got in SCRIPTS else ""
+        raise UserError(f"--model {where} is a {got}; expected a {' or '.join(FAMILIES)}{other}")
+
+
+def _from_pretrained(source, dtype, variant):
+    from diffusers import StableDiffusionPipeline
+
+    with _explained(f"--model {source} could not be loaded"):
+        return StableDiffusionPipeline.from_pretrained(
+            source, dtype=dtype, variant=variant, use_safetensors=True,
+            safety_checker=None, requires_safety_checker=False,
+        )  # fmt: skip
+
+
+def _add_lora(pipe, lora):
+    source, _, scale = lora.rpartition(":")
+    try:
+        source, scale = (source, float(scale)) if source else (lora, 1.0)
+    except ValueError:
+        source, scale = lora, 1.0
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix != ".safetensors":
+        raise UserError(f"--lora {source}: only .safetensors files are read, since a pickle can run code")
+    if not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise UserError(f"--lora {source}: no such file or folder; expected one, or a hub id such as owner/name")
+    with _explained(f"--lora {source} could not be added"):
+        if path.is_file():
+            pipe.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
+        else:
+            pipe.load_lora_weights(source, use_safetensors=True)
+        if not pipe.get_list_adapters():
+            raise ValueError("none of its weights belongs to this model")
+        pipe.fuse_lora(lora_scale=scale)
+        pipe.unload_lora_weights()
+
+
+@contextlib.contextmanager
+def _explained(what):
+    """Turn a library's failure to load into one line."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError,
+            SafetensorError, HfHubHTTPError) as error:  # fmt: skip
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+        raise UserError(f"{what}: {type(error).__name__}: {first[:300]}") from error
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Silence what libraries say while loading: progress bars, and advice such as on a missing safety checker."""
+    import diffusers.utils.logging
+    import huggingface_hub.utils.logging
+    import transformers.utils.logging
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    hub = huggingface_hub.utils.logging.get_verbosity()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        huggingface_hub.utils.logging.set_verbosity(hub)
+        for library, (verbosity, bar) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()

@@ -1,0 +1,141 @@
+"""Named rewards with weights, as `--objective` and `--evaluate` give them."""
+
+import importlib.util
+import math
+import re
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dno.errors import UserError
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One reward: its name on the screen and in files, its weight, and its loss factory (see `rewards`)."""
+
+    name: str
+    weight: float
+    factory: object
+
+    @property
+    def differentiable(self):
+        """False where the factory says that no gradient flows to the images."""
+        return getattr(self.factory, "differentiable", True)
+
+
+def parse_objective(text, zoo):
+    """`NAME[:WEIGHT]` from the table `zoo`, or `path/to/file.py:function[:WEIGHT]` -> Objective. Raises UserError."""
+    match = re.fullmatch(r"(?P<name>(?P<file>.+\.py):(?P<function>\w+)|[^:]+)(:(?P<weight>[^:]*))?", text)
+    if not match:
+        raise UserError(f"objective {text!r} is not of the form NAME[:WEIGHT] or FILE.py:FUNCTION[:WEIGHT]")
+    try:
+        weight = 1.0 if match["weight"] is None else float(match["weight"])
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight) or weight == 0:
+        raise UserError(f"the weight in objective {text!r} is {match['weight']!r}; expected a number other than 0")
+    if match["file"]:
+        return Objective(match["function"], weight, _function_of_file(match["file"], match["function"]))
+    if match["name"] not in zoo:
+        known = ", ".join(zoo)
+        raise UserError(f"no reward is called {match['name']!r}; expected one of {known}, or FILE.py:FUNCTION")
+    return Objective(match["name"], weight, zoo[match["name"]])
+
+
+def parse_objectives(texts, zoo):
+    """A list of objectives with names of their own, in order. Raises UserError."""
+    objectives = [parse_objective(text, zoo) for text in texts]
+    names = [objective.name for objective in objectives]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"the reward {name!r} is given {names.count(name)} times; give it once, with a weight")
+    return objectives
+
+
+def _function_of_file(file, function):
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"{file} does not exist; expected a Python file with the loss factory {function}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    with _one_line(f"{file} could not be imported"):
+        spec.loader.exec_module(module)
+    factory = getattr(module, function, None)
+    if not callable(factory):
+        raise UserError(f"{file} has no function {function}; expected {function}(inference_dtype=None, device=None)")
+    return factory
+
+
+class Losses:
+    """Loaded objectives: images and prompts to one loss an image, checked.
+
+    objectives: list of Objective; their factories are called here, which may load weights.
+    """
+
+    def __init__(self, objectives, inference_dtype=None, device=None):
+        self.objectives = objectives
+        self.loss_fns = {}
+        for objective in objectives:
+            with _one_line(f"the reward {objective.name!r} could not be loaded"):
+                loss_fn = objective.factory(inference_dtype=inference_dtype, device=device)
+            if not callable(loss_fn):
+                raise UserError(
+                    f"the factory of the reward {objective.name!r} gave {type(loss_fn).__name__}; expected a function "
+                    "loss_fn(images, prompts): does it end with `return loss_fn`?"
+                )
+            self.loss_fns[objective.name] = loss_fn
+
+    def __call__(self, images, prompts):
+        """(the weighted sum of the losses (B,), each unweighted reward by name, (B,), detached).
+
+        images: (B, 3, H, W); prompts: B strings. Where the images want a gradient, every loss must give one.
+        """
+        total, rewards = 0, {}
+        for objective in self.objectives:
+            with _one_line(f"the reward {objective.name!r} failed"):
+                losses = self.loss_fns[objective.name](images, prompts)
+            losses = _checked(losses, objective.name, images)
+            total = total + objective.weight * losses
+            rewards[objective.name] = -losses.detach()
+        return total, rewards
+
+
+def _checked(losses, name, images):
+    batch = len(images)
+    if not isinstance(losses, torch.Tensor):
+        got = f"{type(losses).__name__}" + ("; does loss_fn end with `return loss`?" if losses is None else "")
+        raise UserError(f"the reward {name!r} returned {got}; expected a tensor of {batch} losses")
+    if losses.numel() != batch:
+        raise UserError(
+            f"the reward {name!r} returned losses of shape {tuple(losses.shape)} for {batch} images; "
+            f"expected ({batch},)"
+        )
+    if torch.is_grad_enabled() and images.requires_grad and not losses.requires_grad:
+        raise UserError(f"the reward {name!r} gives no gradient; use dno_stable_diffusion_nograd.py for it")
+    return losses.reshape(batch).to(images.device, images.dtype)
+
+
+class _one_line:
+    """Turn any exception of a user's reward into one line that says where it was raised."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is None or isinstance(error, torch.OutOfMemoryError | UserError) or not isinstance(error, Exception):
+            return
+        frame = traceback.extract_tb(trace)[-1]
+        message = " ".join(str(error).split()) or "no message"
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        raise UserError(f"{self.what}: {kind.__name__}: {message} ({where})") from error
+
+
+def describe(objectives):
+    """`black + 0.5 * white`, for people."""
+    return " + ".join(o.name if o.weight == 1 else f"{o.weight:g} * {o.name}" for o in objectives)

@@ -1,0 +1,166 @@
+"""The optimization loop: every image has its own noise, optimizer, best and stop rules; one batch evaluates them."""
+
+import math
+import time
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+
+from dno.errors import UserError
+from dno.regularization import probability, probability_min
+
+# Iterations in a row without a finite reward and gradient after which an image is given up.
+MAX_BAD_STEPS = 3
+
+
+@dataclass(frozen=True)
+class StopRules:
+    """When an image is done before its last iteration; None switches a rule off.
+
+    target_reward: at this reward or above.
+    patience: after this many iterations without a new best.
+    min_probability: at P(z) below this; that iteration no longer counts for the best.
+    max_seconds: for the whole loop.
+    """
+
+    target_reward: float | None = None
+    patience: int | None = None
+    min_probability: float | None = None
+    max_seconds: float | None = None
+
+
+@dataclass
+class ImageState:
+    """One image of a batch while it is optimized.
+
+    noise: (T + 1, C, h, w), the parameter of `optimizer`.
+    last: the newest metrics, by name; an image that has stopped keeps its last ones.
+    best_*: of the best iteration so far: reward, step, image (3, H, W), noise.
+    stopped: why the image is done, None while it is not.
+    """
+
+    noise: torch.Tensor
+    optimizer: torch.optim.Optimizer
+    last: dict = field(default_factory=dict)
+    best_reward: float = -math.inf
+    best_step: int | None = None
+    best_image: torch.Tensor | None = None
+    best_noise: torch.Tensor | None = None
+    bad_steps: int = 0
+    stopped: str | None = None
+
+    def observe(self, step, image, rules):
+        """Keep the best, and stop where a rule says so. `last` holds the metrics of this step."""
+        reward, typical = self.last["reward"], self.last["probability"]
+        if rules.min_probability is not None and typical < rules.min_probability:
+            self.stopped = f"P(z) {typical:.2g} fell below {rules.min_probability:g}"
+        elif math.isfinite(reward) and reward > self.best_reward:
+            self.best_reward, self.best_step = reward, step
+            self.best_image, self.best_noise = image.clone(), self.noise.clone()
+        if rules.target_reward is not None and self.best_reward >= rules.target_reward:
+            self.stopped = f"reward {self.best_reward:.4g} reached the target {rules.target_reward:g}"
+        if rules.patience is not None and step - (self.best_step or 0) >= rules.patience:
+            self.stopped = f"no better reward in {rules.patience} iterations"
+
+    def update(self, gradient, max_grad_norm):
+        """Clip the gradient's norm and take the optimizer's step; skip it where reward or gradient is not finite."""
+        norm = self.last["grad_norm"]
+        if not (math.isfinite(self.last["reward"]) and math.isfinite(norm)):
+            self.bad_steps += 1
+            if self.bad_steps == MAX_BAD_STEPS:
+                self.stopped = f"{MAX_BAD_STEPS} iterations in a row without a finite reward and gradient"
+            return
+        self.bad_steps = 0
+        self.noise.grad = gradient
+        torch.nn.utils.clip_grad_norm_([self.noise], max_grad_norm)
+        self.optimizer.step()
+        self.noise.grad = None
+
+
+def optimize_noise(
+    source, noise, free, make_optimizer, regularizer, *,
+    gamma=0.0, opt_steps=100, max_grad_norm=1.0, rules=StopRules(), subsample=1, evaluate=None, report=None,
+):  # fmt: skip
+    """Climb the reward: minimize loss + gamma * regularizer over the noise. Returns one `ImageState` an image.
+
+    source: (noise (T + 1, B, C, h, w), images) -> `Estimate`; `images` are the indices of the B images in the batch.
+    noise: (T + 1, B, C, h, w), where to start; it is not changed.
+    free: slice of the noises that are optimized and regularized, out of the T + 1.
+    make_optimizer: list of parameters -> optimizer.
+    regularizer: (noise[free], images, step) -> penalties (B,).
+    evaluate: images (B, 3, H, W), indices -> rewards by name, (B,) each, which are recorded and not optimized.
+    report: called with (step, states, indices, images, seconds) after each iteration is measured and before the next.
+
+    Step i measures the noise before its i-th update, so step 0 is the image without alignment.
+    Raises UserError where the objective gives no gradient at step 0, or no image has a finite reward any more.
+    """
+    states = []
+    for z in noise.unbind(1):
+        z = z.clone().requires_grad_()
+        states.append(ImageState(z, make_optimizer([z])))
+
+    start = time.perf_counter()
+    for step in range(opt_steps):
+        began = time.perf_counter()
+        active = [b for b, state in enumerate(states) if state.stopped is None]
+        batch = torch.stack([states[b].noise.detach() for b in active], dim=1)
+
+        estimate = source(batch, active)
+        if step == 0 and estimate.losses.isfinite().any() and not estimate.gradient.any():
+            raise UserError(
+                f"the gradient of the objective ({' + '.join(estimate.rewards)}) is zero at the first iteration, so "
+                "nothing can be optimized; use dno_stable_diffusion_nograd.py for rewards without a gradient"
+            )
+        penalty, penalty_gradient = _penalize(regularizer, batch[free], active, step, gamma)
+        gradient = torch.zeros_like(batch)
+        gradient[free] = estimate.gradient + penalty_gradient
+
+        with torch.no_grad():
+            metrics = {
+                "reward": -estimate.losses,
+                "regularizer": penalty,
+                "probability": probability(batch[free], subsample),
+                "probability_min": probability_min(batch[free], subsample),
+                "grad_norm": gradient.transpose(0, 1).flatten(1).norm(dim=1),
+            }
+            evaluations = evaluate(estimate.images, active) if evaluate else {}
+            tables = {"objectives": estimate.rewards, "evaluations": evaluations}
+        metrics = {name: values.tolist() for name, values in metrics.items()}
+        tables = {table: {name: values.tolist() for name, values in rows.items()} for table, rows in tables.items()}
+
+        for row, b in enumerate(active):
+            states[b].last = {name: values[row] for name, values in metrics.items()}
+            for table, rows in tables.items():
+                states[b].last[table] = {name: values[row] for name, values in rows.items()}
+            states[b].observe(step, estimate.images[row], rules)
+            states[b].update(gradient[:, row], max_grad_norm)
+            if states[b].bad_steps:
+                warnings.warn(
+                    f"iteration {step}: image {b} has reward {states[b].last['reward']:g} and gradient norm "
+                    f"{states[b].last['grad_norm']:g}; its step is skipped",
+                    stacklevel=2,
+                )
+        if rules.max_seconds is not None and time.perf_counter() - start >= rules.max_seconds:
+            for state in states:
+                state.stopped = state.stopped or f"{rules.max_seconds:g} seconds are over"
+        if report:
+            report(step, states, active, estimate.images, time.perf_counter() - began)
+        if all(state.bad_steps >= MAX_BAD_STEPS for state in states):
+            raise UserError(
+                f"no image had a finite reward and gradient for {MAX_BAD_STEPS} iterations in a row, the last at "
+                f"iteration {step}; check the objective, lower --lr, or use --precision fp32"
+            )
+        if all(state.stopped for state in states):
+            break
+    return states
+
+
+def _penalize(regularizer, noise, images, step, gamma):
+    """The penalties (B,) and gamma times their gradient in the noise (0 where gamma is)."""
+    noise = noise.detach().requires_grad_(gamma != 0)
+    with torch.set_grad_enabled(gamma != 0):
+        penalty = regularizer(noise, images, step)
+    if gamma == 0:
+        return penalty, 0
+    return penalty.detach(), gamma * torch.autograd.grad(penalty.sum(), noise)[0]

@@ -1,0 +1,165 @@
+"""The output folder of one run. Nothing else writes files."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import time
+import warnings
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from dno.errors import UserError
+from dno.models import PACKAGE_ROOT
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
+
+
+class Run:
+    """A folder `<output>/<prefix>-<date>-<time>/`, made here and never shared with another run.
+
+    args.json, metrics.jsonl, images/, initial.png, best.png, best_noise.safetensors, evolution.png, evolution.gif.
+    Every file is written aside and renamed, and metrics line by line, so a stop at any moment leaves whole files.
+    Each method raises UserError where the disk is full or the folder cannot be written.
+    """
+
+    def __init__(self, output, prefix="SD"):
+        stem = f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}"
+        with _disk(output):
+            Path(output).expanduser().mkdir(parents=True, exist_ok=True)
+            self.folder = _new_folder(Path(output).expanduser(), stem)
+            (self.folder / "images").mkdir()
+
+    def write_args(self, args):
+        """args.json: the resolved settings, the versions of the packages and the revision of this code."""
+        versions = {name: _version(name) for name in PACKAGES}
+        args = {**args, "versions": versions, "git_revision": git_revision()}
+        self._write("args.json", json.dumps(_plain(args), indent=2).encode() + b"\n")
+
+    def log(self, metrics):
+        """Add one line to metrics.jsonl; what is not finite is written as null."""
+        path = self.folder / "metrics.jsonl"
+        with _disk(path), open(path, "ab") as file:
+            end = file.tell()
+            try:
+                file.write(json.dumps(_plain(metrics)).encode() + b"\n")
+                file.flush()
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(path, end)  # no half line
+                raise
+
+    def save_image(self, name, image, index=0, **text):
+        """`<name>.png`, or `<name>_b<index>.png` for a batch's further images, of an image (3, H, W) in [-1, 1].
+
+        text: what goes into the PNG's text chunk.
+        """
+        from PIL import Image
+        from PIL.PngImagePlugin import PngInfo
+
+        info = PngInfo()
+        for key, value in text.items():
+            info.add_itxt(key, str(value))
+        pixels = ((image.detach().float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(file, format="PNG", pnginfo=info, compress_level=4)
+        self._write(f"{name}{f'_b{index}' if index else ''}.png", file.getvalue())
+
+    def save_noise(self, noise, **text):
+        """best_noise.safetensors: `noise` (T + 1, B, C, h, w), float32, and what it belongs to as metadata."""
+        from safetensors.torch import save
+
+        tensors = {"noise": noise.detach().float().cpu().contiguous()}
+        self._write("best_noise.safetensors", save(tensors, {key: str(value) for key, value in text.items()}))
+
+    def draw(self):
+        """evolution.png and evolution.gif. A picture that fails is a warning: the results are on disk already."""
+        from dno.figures import evolution_gif, evolution_sheet
+
+        for name, draw in (("evolution.png", evolution_sheet), ("evolution.gif", evolution_gif)):
+            try:
+                draw(self.folder)
+            except Exception as error:
+                warnings.warn(f"{name} could not be drawn: {type(error).__name__}: {error}", stacklevel=2)
+
+    def discard(self):
+        """Remove the folder of a run that ended before its first iteration."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _write(self, name, data):
+        path = self.folder / name
+        aside = path.with_name(f".{path.name}.part")
+        with _disk(path):
+            try:
+                aside.write_bytes(data)
+                os.replace(aside, path)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    aside.unlink(missing_ok=True)
+                raise
+
+
+def load_noise(path):
+    """The noise (T + 1, B, C, h, w) of a best_noise.safetensors, float32. Raises UserError for anything else."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        noise = load_file(Path(path).expanduser()).get("noise")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--noise {path} could not be read: {error}; expected a best_noise.safetensors") from error
+    if noise is None or noise.dim() != 5 or not noise.is_floating_point() or not noise.isfinite().all():
+        got = "no tensor 'noise'" if noise is None else f"'noise' of shape {tuple(noise.shape)}, {noise.dtype}"
+        raise UserError(f"--noise {path} has {got}; expected a finite float tensor (T + 1, B, C, h, w)")
+    return noise.float()
+
+
+def git_revision():
+    """The revision of the code, with "-dirty" where it was changed, or None outside a checkout."""
+    command = ["git", "-C", str(PACKAGE_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _new_folder(parent, stem):
+    for attempt in range(1, 1000):
+        folder = parent / (stem if attempt == 1 else f"{stem}-{attempt}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise FileExistsError(f"{stem} and its numbered neighbours all exist")
+
+
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _plain(value):
+    """The value with JSON's types alone; a float that is not finite becomes None."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+@contextlib.contextmanager
+def _disk(path):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder with --output"
+        ) from error

@@ -1,0 +1,208 @@
+"""Every setting of a run: default, meaning and the values it takes. The flags of the scripts are made of it."""
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from dno.errors import UserError
+from dno.models import DEFAULT_MODEL, model_spec
+from dno.optimizers import OPTIMIZERS, PRECONDITIONERS
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+CHECKPOINTING = ("auto", "step", "block", "none")
+
+
+def _setting(group, default, help, **argument):
+    """A field with the group, help text and further `add_argument` keywords of its flag."""
+    return field(default=default, metadata={"group": group, "help": help, "argument": argument})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one run, as the user gave them. None means "see the help text": `resolve` fills most of them."""
+
+    model: str = _setting(
+        "model",
+        DEFAULT_MODEL,
+        "hub id, diffusers folder or single .safetensors file, or sprites, which comes with the project",
+    )
+    prompt: str = _setting("model", "white duck", "what the picture shows")
+    negative_prompt: str | None = _setting(
+        "model", None, "what it should not show; default: the model family's own empty prompt", metavar="PROMPT"
+    )
+    height: int | None = _setting(
+        "model", None, "image height in pixels, a multiple of the VAE's scale factor (8); default: the model's"
+    )
+    width: int | None = _setting("model", None, "image width in pixels, likewise")
+    precision: str = _setting(
+        "model",
+        "auto",
+        "what the frozen networks are stored and run in; noise, sampler and regularizer stay float32. "
+        "auto: bf16 on a GPU that has it, else fp32",
+        choices=PRECISIONS,
+    )
+    device: str = _setting("model", "auto", "where to run; auto: cuda, else mps, else cpu", choices=DEVICES)
+    variant: str | None = _setting("model", None, "variant of the weight files to load, such as fp16")
+    lora: str | None = _setting(
+        "model",
+        None,
+        "LoRA weights to add: file, folder or hub id, and a scale (default 1)",
+        metavar="PATH_OR_ID[:SCALE]",
+    )
+    model_config: str | None = _setting(
+        "model",
+        None,
+        "pipeline folder to configure a single-file model by, where the hub cannot be reached",
+        metavar="DIR",
+    )
+
+    num_steps: int | None = _setting("sampling", None, "sampling steps T; default: 50 (sprites 25)")
+    eta: float = _setting(
+        "sampling", 1.0, "0 = deterministic ODE, only the starting noise counts; 1 = DDPM's noise at every step"
+    )
+    guidance_scale: float | None = _setting(
+        "sampling",
+        None,
+        "weight of the prompt; <= 1 drops the negative prompt and half the time; default: 5 (sprites 4)",
+    )
+    seed: int = _setting("sampling", 0, "seed of the noise; image b of a batch has seed + b")
+    batch_size: int = _setting("sampling", 1, "independent images that are optimized together, each as if alone")
+    best_of: int = _setting("sampling", 1, "start each image from the best of this many drawn noises", metavar="N")
+    noise: str | None = _setting(
+        "sampling", None, "start from this best_noise.safetensors of another run", metavar="FILE"
+    )
+
+    objective: tuple[str, ...] = _setting(
+        "objective",
+        ("black",),
+        "rewards to climb, summed with their weights (default weight 1)",
+        nargs="+",
+        metavar="NAME[:WEIGHT]",
+    )
+    evaluate: tuple[str, ...] = _setting(
+        "objective",
+        (),
+        "rewards to record without optimizing them: the honest sign of reward hacking",
+        nargs="+",
+        metavar="NAME",
+    )
+
+    opt_steps: int = _setting("optimization", 100, "iterations; iteration 0 measures the image without alignment")
+    opt_time: int | None = _setting(
+        "optimization",
+        None,
+        "K: only the noises of the last K + 1 steps are optimized, and backpropagation stops there; "
+        "default: num_steps, all of them",
+    )
+    lr: float = _setting("optimization", 0.01, "step size of the noise")
+    optimizer: str = _setting(
+        "optimization", "adamw", "adamw, or sgd with Nesterov momentum 0.9", choices=OPTIMIZERS
+    )
+    weight_decay: float = _setting(
+        "optimization",
+        0.0,
+        "shrinks the noise by lr * this an iteration, out of the Gaussian's typical set; the official code has 0.01",
+    )
+    max_grad_norm: float = _setting("optimization", 1.0, "clip each image's gradient to this norm")
+    precondition: str = _setting(
+        "optimization",
+        "none",
+        "spectral: whiten the spatial spectrum of each gradient map and move by lr relative to the noise, "
+        "instead of --optimizer",
+        choices=tuple(PRECONDITIONERS),
+    )
+    checkpointing: str = _setting(
+        "optimization",
+        "auto",
+        "memory against time, never the result: none keeps every step's graph (fastest), step recomputes a step "
+        "at a time, block also each block within it (leanest); auto: the fastest that fits well",
+        choices=CHECKPOINTING,
+    )
+
+    gamma: float = _setting("regularization", 0.0, "weight of the probability regularizer; 0 = none")
+    subsample: int = _setting(
+        "regularization", 1, "the regularizer looks at the noise in rows of 4 ** subsample values"
+    )
+    permutations: int = _setting("regularization", 100, "random permutations that the regularizer averages over")
+
+    target_reward: float | None = _setting("stopping", None, "stop an image at this reward", metavar="REWARD")
+    patience: int | None = _setting(
+        "stopping", None, "stop an image after this many iterations without a better reward", metavar="N"
+    )
+    max_seconds: float | None = _setting(
+        "stopping", None, "stop after this many seconds of optimization", metavar="SECONDS"
+    )
+    min_probability: float | None = _setting(
+        "stopping", None, "stop an image whose P(z) falls below this", metavar="P"
+    )
+
+    output: str | None = _setting("output", "output", "folder that the run's own folder is made in")
+    save_every: int = _setting("output", 1, "save every n-th iteration's image", metavar="N")
+
+    def resolve(self):
+        """These settings, checked, with the model's own steps and guidance and K filled in. Raises UserError."""
+        spec = model_spec(self.model)
+        num_steps = spec.num_steps if self.num_steps is None else self.num_steps
+        settings = replace(
+            self,
+            num_steps=num_steps,
+            guidance_scale=spec.guidance_scale if self.guidance_scale is None else self.guidance_scale,
+            opt_time=num_steps if self.opt_time is None else self.opt_time,
+            height=self.height or (spec.size and spec.size[0]),
+            width=self.width or (spec.size and spec.size[1]),
+            objective=_names(self.objective),
+            evaluate=_names(self.evaluate),
+        )
+        settings._check()
+        return settings
+
+    def _check(self):
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            choices = setting.metadata["argument"].get("choices")
+            if choices and value not in choices:
+                raise UserError(f"--{setting.name} is {value!r}; expected one of {', '.join(choices)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{setting.name} is {value}; expected a finite number")
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name} is {value}; expected {least} or more")
+        for name in ("lr", "max_grad_norm", "max_seconds"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"--{name} is {value:g}; expected a number above 0")
+        if not self.eta <= 1:
+            raise UserError(f"--eta is {self.eta:g}; expected a number from 0 (deterministic) to 1 (DDPM's noise)")
+        if self.opt_time > self.num_steps:
+            raise UserError(f"--opt_time {self.opt_time} is above --num_steps; expected 1 to {self.num_steps}")
+        if self.eta == 0 and self.opt_time < self.num_steps:
+            raise UserError(
+                f"--eta 0 leaves only the starting noise, which --opt_time {self.opt_time} freezes; "
+                f"leave --opt_time out or raise --eta"
+            )
+        if self.precondition != "none" and (self.optimizer != "adamw" or self.weight_decay):
+            raise UserError(
+                f"--precondition {self.precondition} takes its own step; leave --optimizer and --weight_decay out"
+            )
+        if not self.objective:
+            raise UserError("--objective is empty; expected at least one reward")
+        for name in ("noise", "model_config"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).expanduser().exists():
+                raise UserError(f"--{name} {path} does not exist")
+        if self.noise is not None and self.best_of > 1:
+            raise UserError("--noise says where to start, and so does --best_of; give one of them")
+
+
+_AT_LEAST = {
+    "num_steps": 1, "eta": 0, "guidance_scale": 0, "seed": 0, "batch_size": 1, "best_of": 1, "height": 1, "width": 1,
+    "opt_steps": 1, "opt_time": 1, "weight_decay": 0, "gamma": 0, "subsample": 0, "permutations": 1, "patience": 1,
+    "min_probability": 0, "save_every": 1,
+}  # fmt: skip
+
+
+def _names(value):
+    return (value,) if isinstance(value, str) else tuple(value)
+
