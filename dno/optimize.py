@@ -57,7 +57,7 @@ class ImageState:
             self.stopped = f"P(z) {typical:.2g} fell below {rules.min_probability:g}"
         elif math.isfinite(reward) and reward > self.best_reward:
             self.best_reward, self.best_step = reward, step
-            self.best_image, self.best_noise = image.clone(), self.noise.clone()
+            self.best_image, self.best_noise = image.clone(), self.noise.detach().clone()
         if rules.target_reward is not None and self.best_reward >= rules.target_reward:
             self.stopped = f"reward {self.best_reward:.4g} reached the target {rules.target_reward:g}"
         if rules.patience is not None and step - (self.best_step or 0) >= rules.patience:
@@ -97,7 +97,7 @@ def optimize_noise(
     """
     states = []
     for z in noise.unbind(1):
-        z = z.clone().requires_grad_()
+        z = z.detach().clone().requires_grad_()
         states.append(ImageState(z, make_optimizer([z])))
 
     start = time.perf_counter()

@@ -1,0 +1,197 @@
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from dno.sampling import Schedule, draw_noise, keyed_generator, noise_scale, sample, step
+
+CONFIG = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
+    "clip_sample": False, "set_alpha_to_one": False,
+}  # fmt: skip
+SHAPE = (2, 3, 4, 4)
+
+
+def ddim(num_steps, **config):
+    scheduler = DDIMScheduler(**{**CONFIG, **config})
+    scheduler.set_timesteps(num_steps)
+    return scheduler, Schedule.from_alphas_cumprod(scheduler.timesteps, scheduler.alphas_cumprod)
+
+
+def denoiser(schedule, dtype=torch.float64):
+    """A small nonlinear (x, timestep) -> (x0, eps) that mixes channels and pixels; counts its calls."""
+    weight = 0.3 * torch.randn(3, 3, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    levels = {int(t): i for i, t in enumerate(schedule.timesteps)}
+
+    def denoise(x, timestep):
+        denoise.calls += 1
+        i = levels[int(timestep)]
+        eps = torch.tanh(torch.nn.functional.conv2d(x, weight, padding=1)) + 0.1 * x
+        return (x - schedule.sigma[i].item() * eps) / schedule.alpha[i].item(), eps
+
+    denoise.calls = 0
+    return denoise
+
+
+def noises(num_steps, seed=0, shape=SHAPE, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_steps + 1, *shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_step_is_ddim(eta):
+    scheduler, schedule = ddim(10)
+    scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    x, eps, z = noises(2)
+    for i in range(9):
+        x0 = (x - schedule.sigma[i] * eps) / schedule.alpha[i]
+        ours = step(x0, eps, z, schedule, i, eta)
+        theirs = scheduler.step(eps, scheduler.timesteps[i], x, eta=eta, variance_noise=z).prev_sample
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_step_is_euler_ancestral_for_alpha_one():
+    schedule = Schedule(torch.arange(2), torch.ones(3, dtype=torch.float64), torch.tensor([5.0, 3.0, 1.0]).double())
+    x, x0, z = noises(2)
+    sigma_up = math.sqrt(3.0**2 * (5.0**2 - 3.0**2) / 5.0**2)
+    sigma_down = math.sqrt(3.0**2 - sigma_up**2)
+    expected = x + (x - x0) / 5.0 * (sigma_down - 5.0) + sigma_up * z
+    torch.testing.assert_close(step(x0, (x - x0) / 5.0, z, schedule, 0, 1.0), expected)
+
+
+def test_step_is_eulers_for_flow_matching():
+    t = torch.tensor([1.0, 0.6, 0.0]).double()
+    schedule = Schedule(torch.arange(2), 1 - t, t)
+    x0, eps, z = noises(2)
+    x = 0.4 * x0 + 0.6 * eps
+    torch.testing.assert_close(step(x0, eps, z, schedule, 0, 0.0), x)
+    torch.testing.assert_close(step(x0, eps, z, schedule, 1, 0.0), x + (0.0 - 0.6) * (eps - x0))
+
+
+def test_noise_scale():
+    _, schedule = ddim(10)
+    alpha, sigma = schedule.alpha, schedule.sigma
+    # DDPM's posterior standard deviation.
+    beta = 1 - (alpha[3] / alpha[4]) ** 2
+    assert noise_scale(schedule, 3, 1.0) == pytest.approx(float(sigma[4] / sigma[3] * beta.sqrt()))
+    assert noise_scale(schedule, 3, 0.5) == pytest.approx(0.5 * noise_scale(schedule, 3, 1.0))
+    assert noise_scale(schedule, 9, 1.0) == 0, "no noise enters at the last step"
+    equal = Schedule(torch.arange(3), torch.full((4,), 0.6).double(), torch.full((4,), 0.8).double())
+    assert noise_scale(equal, 0, 1.0) == pytest.approx(0, abs=1e-7)
+    for eta in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="expected a number from 0"):
+            noise_scale(schedule, 3, eta)
+
+
+def test_schedule_ends_at_timestep_zero():
+    scheduler, schedule = ddim(50)
+    assert schedule.timesteps.tolist() == list(range(981, 0, -20))
+    assert schedule.alpha[-1].item() == pytest.approx(scheduler.alphas_cumprod[0].sqrt().item())
+    torch.testing.assert_close(schedule.alpha**2 + schedule.sigma**2, torch.ones(51).double())
+
+
+def test_sample_of_a_known_image():
+    """A denoiser that knows the image ends at it, at the end point's noise level, whatever noise enters."""
+    _, schedule = ddim(10)
+    clean = torch.full(SHAPE, 0.7).double()
+
+    def denoise(x, t):
+        i = schedule.timesteps.tolist().index(int(t))
+        return clean, (x - schedule.alpha[i] * clean) / schedule.sigma[i]
+
+    end = sample(denoise, noises(10), schedule, eta=1.0)
+    assert (end - schedule.alpha[-1] * clean).abs().max() < 5 * schedule.sigma[-1]
+    # Started at the image's own trajectory, the ODE stays on it.
+    x_T = schedule.alpha[0] * clean + schedule.sigma[0] * 0.5
+    end = sample(denoise, [*noises(10)[:-1], x_T], schedule, eta=0.0)
+    torch.testing.assert_close(end, schedule.alpha[-1] * clean + schedule.sigma[-1] * 0.5)
+
+
+def test_noise_order():
+    """Sampling starts at noise[T]; step i uses noise[T - 1 - i]; noise[0] has no effect."""
+    _, schedule = ddim(4)
+    noise = noises(4).requires_grad_()
+    sample(lambda x, t: (x, torch.zeros_like(x)), noise, schedule, eta=1.0).sum().backward()
+    scales = [noise_scale(schedule, i, 1.0) for i in range(4)]
+    alpha = schedule.alpha.tolist()
+    expected = [0.0, scales[2] * alpha[4], scales[1] * alpha[3] * alpha[4], scales[0] * alpha[2] * alpha[3] * alpha[4]]
+    assert noise.grad[:, 0, 0, 0, 0].tolist() == pytest.approx([*expected, math.prod(alpha[1:])])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
+def test_gradient_equals_finite_differences(eta, recompute):
+    _, schedule = ddim(3)
+    denoise = denoiser(schedule)
+    noise = noises(3, shape=(1, 3, 2, 2)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda n: sample(denoise, n, schedule, eta, recompute), noise)
+
+
+def test_recomputing_changes_no_bit():
+    _, schedule = ddim(7)
+    results = []
+    for recompute in (False, True):
+        noise = noises(7, dtype=torch.float32).requires_grad_()
+        latents = sample(denoiser(schedule, torch.float32), noise, schedule, 1.0, recompute)
+        latents.square().sum().backward()
+        results.append((latents, noise.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize(("free", "calls"), [(slice(0, 8), 14), (slice(0, 7), 13), (slice(0, 3), 9), (slice(7, 8), 14)])
+def test_work_and_gradient_stop_at_the_first_noise_that_is_free(free, calls):
+    """K < T: x_T and the earlier noises get nothing, and the steps before them are not recomputed."""
+    _, schedule = ddim(7)
+    full = noises(7).requires_grad_()
+    sample(denoiser(schedule), full, schedule, 1.0, recompute=False).sum().backward()
+    separate = [z.clone().requires_grad_(i in range(8)[free]) for i, z in enumerate(noises(7))]
+    denoise = denoiser(schedule)
+    sample(denoise, separate, schedule, 1.0).sum().backward()
+    assert denoise.calls == calls
+    for i, z in enumerate(separate):
+        if i in range(8)[free]:
+            torch.testing.assert_close(z.grad, full.grad[i])
+        else:
+            assert z.grad is None
+
+
+def test_graph_memory_does_not_grow_with_the_denoiser():
+    """Recomputing, autograd keeps one latent a step and nothing of the denoiser."""
+    _, schedule = ddim(20)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        sample(denoiser(schedule), noises(20).requires_grad_(), schedule, 1.0)
+    assert sum(kept) == 20 * math.prod(SHAPE)
+
+
+def test_denoiser_call_is_skipped_where_the_end_point_is_reached():
+    _, schedule = ddim(5, timestep_spacing="linspace", steps_offset=0)
+    assert schedule.timesteps[-1] == 0
+    denoise = denoiser(schedule)
+    sample(denoise, noises(5), schedule, 1.0)
+    assert denoise.calls == 4
+
+
+def test_wrong_number_of_noises():
+    _, schedule = ddim(5)
+    with pytest.raises(ValueError, match="5 noises for 5 steps; expected 6"):
+        sample(denoiser(schedule), noises(4), schedule)
+
+
+def test_draws():
+    torch.manual_seed(7)
+    official = torch.randn(11, 4, 8, 8)
+    both = draw_noise([6, 7], 10, (4, 8, 8))
+    assert torch.equal(both[:, 1], official), "the official implementation's draw"
+    assert torch.equal(both[:, 0], draw_noise([6], 10, (4, 8, 8))[:, 0]), "independent of the batch"
+    others = [draw_noise([7], 10, (4, 8, 8), candidate)[:, 0] for candidate in (0, 1, 2)]
+    assert not torch.equal(others[0], others[1]) and not torch.equal(others[1], others[2])
+    assert abs(others[1].mean()) < 0.06 and abs(others[1].std() - 1) < 0.05
+
+
+def test_keyed_generators():
+    draws = {key: torch.rand(3, generator=keyed_generator(*key)) for key in [(0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1)]}
+    assert torch.equal(draws[0, 1, 2], torch.rand(3, generator=keyed_generator(0, 1, 2)))
+    assert len({tuple(draw.tolist()) for draw in draws.values()}) == 4
