@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import warnings
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from dno.errors import UserError
+from dno.memory import is_out_of_memory
 from dno.models import StableDiffusion, model_spec
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,14 +51,21 @@ def load_model(name, dtype=torch.float32, device="cpu", variant=None, lora=None,
             pipe = _load_file(path, dtype, model_config)
         elif path.is_dir():
             pipe = _load_folder(path, dtype, variant)
-        elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.startswith("."):
+        elif _may_be_hub_id(str(source)):
             pipe = _load_hub(source, dtype, variant)
         else:
             raise UserError(f"--model {name}: no such folder or file; expected one, or a hub id such as owner/name")
         if lora:
             _add_lora(pipe, lora)
         family = FAMILIES[type(pipe).__name__]
-        return family(pipe.to(device))
+        with _explained(f"--model {name} could not be moved to {device} (is it whole?)"):
+            pipe.to(device)
+        return family(pipe)
+
+
+def _may_be_hub_id(source):
+    is_file = source.endswith((".safetensors", ".ckpt", ".pt", ".bin"))
+    return not is_file and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source)
 
 
 def _load_file(path, dtype, model_config):
@@ -64,7 +73,10 @@ def _load_file(path, dtype, model_config):
 
     if path.suffix != ".safetensors":
         raise UserError(f"--model {path}: only .safetensors is read, since a pickle can run code; convert it first")
-    fix = "is the file whole?" if model_config else "without a network, give its pipeline's folder with --model_config"
+    if model_config:
+        fix, model_config = "is the file whole?", str(Path(model_config).expanduser())
+    else:
+        fix = "without a network, give its pipeline's folder with --model_config"
     with _explained(f"--model {path} could not be read ({fix})"):
         return StableDiffusionPipeline.from_single_file(
             str(path), config=model_config, torch_dtype=dtype, local_files_only=model_config is not None,
@@ -76,8 +88,9 @@ def _load_folder(folder, dtype, variant):
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(f"--model {folder}: no model_index.json in it; expected a diffusers pipeline's folder")
-    with _explained(f"{index} is damaged"):
-        _check_class(json.loads(index.read_text()).get("_class_name"), folder)
+    _check_class(index, folder)
+    if not (folder / "tokenizer").is_dir():
+        raise UserError(f"--model {folder}: it has no tokenizer/; download the model again")
     for part in ("unet", "vae", "text_encoder"):
         files = sorted(file.name for file in (folder / part).glob("*") if file.is_file())
         if not any(name.endswith(".safetensors") for name in files):
@@ -91,22 +104,23 @@ def _load_folder(folder, dtype, variant):
 
 
 def _load_hub(name, dtype, variant):
+    import httpx
     from huggingface_hub import errors, hf_hub_download
 
     try:
         index = hf_hub_download(name, "model_index.json")
     except errors.GatedRepoError:
         raise UserError(f"--model {name} is gated: accept its licence on its page, then run `hf auth login`") from None
-    except errors.RepositoryNotFoundError:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise UserError(f"--model {name}: neither a folder here nor a model on the hub; check the spelling") from None
     except errors.EntryNotFoundError as error:
         # LocalEntryNotFoundError, the kind without a network, is one of these.
         if isinstance(error, errors.LocalEntryNotFoundError):
             raise _no_network(name) from None
         raise UserError(f"--model {name} is no diffusers pipeline: it has no model_index.json") from None
-    except (OSError, errors.HfHubHTTPError):
+    except (OSError, httpx.HTTPError):
         raise _no_network(name) from None
-    _check_class(json.loads(Path(index).read_text()).get("_class_name"), name)
+    _check_class(Path(index), name)
     return _from_pretrained(name, dtype, variant)
 
 
@@ -117,7 +131,9 @@ def _no_network(name):
     )
 
 
-def _check_class(got, where):
+def _check_class(index, where):
+    with _explained(f"{index} is damaged"):
+        got = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     if got not in FAMILIES:
         other = f"; use {SCRIPTS[got]}" if got in SCRIPTS else ""
         raise UserError(f"--model {where} is a {got}; expected a {' or '.join(FAMILIES)}{other}")
@@ -126,7 +142,7 @@ def _check_class(got, where):
 def _from_pretrained(source, dtype, variant):
     from diffusers import StableDiffusionPipeline
 
-    with _explained(f"--model {source} could not be loaded"):
+    with _explained(f"--model {source} could not be loaded (is it whole? does it need another --variant?)"):
         return StableDiffusionPipeline.from_pretrained(
             source, dtype=dtype, variant=variant, use_safetensors=True,
             safety_checker=None, requires_safety_checker=False,
@@ -139,16 +155,18 @@ def _add_lora(pipe, lora):
         source, scale = (source, float(scale)) if source else (lora, 1.0)
     except ValueError:
         source, scale = lora, 1.0
+    if not math.isfinite(scale):
+        raise UserError(f"--lora {lora}: the scale is {scale}; expected a finite number")
     path = Path(source).expanduser()
     if path.is_file() and path.suffix != ".safetensors":
         raise UserError(f"--lora {source}: only .safetensors files are read, since a pickle can run code")
-    if not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if not path.exists() and not _may_be_hub_id(source):
         raise UserError(f"--lora {source}: no such file or folder; expected one, or a hub id such as owner/name")
     with _explained(f"--lora {source} could not be added"):
         if path.is_file():
             pipe.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
         else:
-            pipe.load_lora_weights(source, use_safetensors=True)
+            pipe.load_lora_weights(str(path) if path.is_dir() else source, use_safetensors=True)
         if not pipe.get_list_adapters():
             raise ValueError("none of its weights belongs to this model")
         pipe.fuse_lora(lora_scale=scale)
@@ -158,17 +176,13 @@ def _add_lora(pipe, lora):
 @contextlib.contextmanager
 def _explained(what):
     """Turn a library's failure to load into one line."""
-    from huggingface_hub.errors import HfHubHTTPError
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError,
-            SafetensorError, HfHubHTTPError) as error:  # fmt: skip
-        if isinstance(error, torch.OutOfMemoryError):
+    except Exception as error:
+        if is_out_of_memory(error):
             raise
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-        raise UserError(f"{what}: {type(error).__name__}: {first[:300]}") from error
+        message = " ".join(str(error).split()) or "no message"
+        raise UserError(f"{what}: {type(error).__name__}: {message[:300]}") from error
 
 
 @contextlib.contextmanager
@@ -183,7 +197,7 @@ def _quiet():
     hub = huggingface_hub.utils.logging.get_verbosity()
     huggingface_hub.utils.logging.set_verbosity_error()
     for library in libraries:
-        library.set_verbosity_error()
+        library.set_verbosity(library.CRITICAL)  # whatever matters is raised too
         library.disable_progress_bar()
     try:
         with warnings.catch_warnings():

@@ -1,6 +1,7 @@
 """Memory: how much there is, how much a graph takes, and what to do about too little."""
 
 import contextlib
+import re
 
 import torch
 
@@ -94,10 +95,15 @@ def out_of_memory_explained(error):
     """Turn an allocator's failure into `error(OUT_OF_MEMORY)`."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as failure:
-        raise error(OUT_OF_MEMORY) from failure
-    except RuntimeError as failure:
-        # The CPU's allocator has no exception class of its own.
-        if "can't allocate memory" not in str(failure):
-            raise
-        raise error(OUT_OF_MEMORY) from failure
+    except Exception as failure:
+        if is_out_of_memory(failure):
+            raise error(OUT_OF_MEMORY) from failure
+        raise
+
+
+def is_out_of_memory(error):
+    """Whether an allocator failed. Those of the CPU and of MPS have no exception class of their own."""
+    words = "can't allocate memory|not enough memory|out of memory"
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
+    )

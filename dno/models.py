@@ -33,9 +33,9 @@ class ModelSpec:
 
 
 def _sprites():
-    from sprites.scenes import COLOURS, THINGS
+    from sprites.scenes import WORDS
 
-    return ModelSpec(str(PACKAGE_ROOT / "sprites"), num_steps=25, guidance_scale=4.0, words=(*COLOURS, *THINGS))
+    return ModelSpec(str(PACKAGE_ROOT / "sprites"), num_steps=25, guidance_scale=4.0, words=WORDS)
 
 
 MODELS = {
@@ -69,12 +69,13 @@ class StableDiffusion:
 
     pipeline_class = "StableDiffusionPipeline"
 
-    def __init__(self, pipe):
+    def __init__(self, pipe, name):
+        """name: what the user called the model; its row in `MODELS` has its defaults."""
         from diffusers import DDIMScheduler
 
         for network in (pipe.unet, pipe.vae, pipe.text_encoder):
             network.requires_grad_(False).eval()
-        self.pipe, self.unet, self.vae = pipe, pipe.unet, pipe.vae
+        self.name, self.pipe, self.unet, self.vae = name, pipe, pipe.unet, pipe.vae
         self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         self.prediction_type = self.scheduler.config.prediction_type
         if self.prediction_type not in _CLEAN_AND_NOISE:

@@ -10,6 +10,13 @@ from pathlib import Path
 import torch
 
 from dno.errors import UserError
+from dno.memory import is_out_of_memory
+
+# What a line of metrics.jsonl says beside the rewards by name.
+METRICS = (
+    "step", "reward", "rewards", "regularizer", "probability", "probability_min", "grad_norm", "seconds",
+    "peak_memory_gb", "images",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,8 @@ def parse_objective(text, zoo):
     if not math.isfinite(weight) or weight == 0:
         raise UserError(f"the weight in objective {text!r} is {match['weight']!r}; expected a number other than 0")
     if match["file"]:
+        if match["function"] in METRICS:
+            raise UserError(f"the reward {match['function']!r} has the name of another metric; rename the function")
         return Objective(match["function"], weight, _function_of_file(match["file"], match["function"]))
     if match["name"] not in zoo:
         known = ", ".join(zoo)
@@ -128,7 +137,7 @@ class _one_line:
         return self
 
     def __exit__(self, kind, error, trace):
-        if error is None or isinstance(error, torch.OutOfMemoryError | UserError) or not isinstance(error, Exception):
+        if not isinstance(error, Exception) or isinstance(error, UserError) or is_out_of_memory(error):
             return
         frame = traceback.extract_tb(trace)[-1]
         message = " ".join(str(error).split()) or "no message"

@@ -64,18 +64,19 @@ class ImageState:
             self.stopped = f"no better reward in {rules.patience} iterations"
 
     def update(self, gradient, max_grad_norm):
-        """Clip the gradient's norm and take the optimizer's step; skip it where reward or gradient is not finite."""
+        """Clip the gradient's norm and take the optimizer's step, and say so; not where anything is not finite."""
         norm = self.last["grad_norm"]
         if not (math.isfinite(self.last["reward"]) and math.isfinite(norm)):
             self.bad_steps += 1
             if self.bad_steps == MAX_BAD_STEPS:
                 self.stopped = f"{MAX_BAD_STEPS} iterations in a row without a finite reward and gradient"
-            return
+            return False
         self.bad_steps = 0
         self.noise.grad = gradient
         torch.nn.utils.clip_grad_norm_([self.noise], max_grad_norm)
         self.optimizer.step()
         self.noise.grad = None
+        return True
 
 
 def optimize_noise(
@@ -107,40 +108,19 @@ def optimize_noise(
         batch = torch.stack([states[b].noise.detach() for b in active], dim=1)
 
         estimate = source(batch, active)
-        if step == 0 and estimate.losses.isfinite().any() and not estimate.gradient.any():
-            raise UserError(
-                f"the gradient of the objective ({' + '.join(estimate.rewards)}) is zero at the first iteration, so "
-                "nothing can be optimized; use dno_stable_diffusion_nograd.py for rewards without a gradient"
-            )
-        penalty, penalty_gradient = _penalize(regularizer, batch[free], active, step, gamma)
+        if step == 0:
+            _require_gradient(estimate)
+        penalties, penalty_gradient = _penalize(regularizer, batch[free], active, step, gamma)
         gradient = torch.zeros_like(batch)
         gradient[free] = estimate.gradient + penalty_gradient
-
-        with torch.no_grad():
-            metrics = {
-                "reward": -estimate.losses,
-                "regularizer": penalty,
-                "probability": probability(batch[free], subsample),
-                "probability_min": probability_min(batch[free], subsample),
-                "grad_norm": gradient.transpose(0, 1).flatten(1).norm(dim=1),
-            }
-            evaluations = evaluate(estimate.images, active) if evaluate else {}
-            tables = {"objectives": estimate.rewards, "evaluations": evaluations}
-        metrics = {name: values.tolist() for name, values in metrics.items()}
-        tables = {table: {name: values.tolist() for name, values in rows.items()} for table, rows in tables.items()}
+        evaluations = evaluate(estimate.images, active) if evaluate else {}
+        measured = _measure(estimate, penalties, gradient, evaluations, batch[free], subsample)
 
         for row, b in enumerate(active):
-            states[b].last = {name: values[row] for name, values in metrics.items()}
-            for table, rows in tables.items():
-                states[b].last[table] = {name: values[row] for name, values in rows.items()}
+            states[b].last = measured[row]
             states[b].observe(step, estimate.images[row], rules)
-            states[b].update(gradient[:, row], max_grad_norm)
-            if states[b].bad_steps:
-                warnings.warn(
-                    f"iteration {step}: image {b} has reward {states[b].last['reward']:g} and gradient norm "
-                    f"{states[b].last['grad_norm']:g}; its step is skipped",
-                    stacklevel=2,
-                )
+            if not states[b].update(gradient[:, row], max_grad_norm):
+                _warn_of_skipped_step(step, b, states[b])
         if rules.max_seconds is not None and time.perf_counter() - start >= rules.max_seconds:
             for state in states:
                 state.stopped = state.stopped or f"{rules.max_seconds:g} seconds are over"
@@ -164,3 +144,43 @@ def _penalize(regularizer, noise, images, step, gamma):
     if gamma == 0:
         return penalty, 0
     return penalty.detach(), gamma * torch.autograd.grad(penalty.sum(), noise)[0]
+
+
+@torch.no_grad()
+def _measure(estimate, penalties, gradient, evaluations, noise, subsample):
+    """The metrics of each image of the batch, by name; objectives and evaluations in tables of their own."""
+    columns = {
+        "reward": -estimate.losses,
+        "regularizer": penalties,
+        "probability": probability(noise, subsample),
+        "probability_min": probability_min(noise, subsample),
+        "grad_norm": gradient.transpose(0, 1).flatten(1).norm(dim=1),
+    }
+    columns, objectives, evaluations = (
+        {name: values.tolist() for name, values in table.items()}
+        for table in (columns, estimate.rewards, evaluations)
+    )
+    return [
+        {
+            **{name: values[row] for name, values in columns.items()},
+            "objectives": {name: values[row] for name, values in objectives.items()},
+            "evaluations": {name: values[row] for name, values in evaluations.items()},
+        }
+        for row in range(len(penalties))
+    ]
+
+
+def _require_gradient(estimate):
+    if estimate.losses.isfinite().any() and not estimate.gradient.any():
+        raise UserError(
+            f"the gradient of the objective ({' + '.join(estimate.rewards)}) is zero at the first iteration, so "
+            "nothing can be optimized; use dno_stable_diffusion_nograd.py for rewards without a gradient"
+        )
+
+
+def _warn_of_skipped_step(step, b, state):
+    warnings.warn(
+        f"iteration {step}: image {b} has reward {state.last['reward']:g} and gradient norm "
+        f"{state.last['grad_norm']:g}; its step is skipped",
+        stacklevel=3,
+    )

@@ -1,6 +1,7 @@
 """The output folder of one run. Nothing else writes files."""
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -44,15 +45,13 @@ class Run:
     def log(self, metrics):
         """Add one line to metrics.jsonl; what is not finite is written as null."""
         path = self.folder / "metrics.jsonl"
-        with _disk(path), open(path, "ab") as file:
+        line = json.dumps(_plain(metrics)).encode() + b"\n"
+        # Unbuffered: a buffer would be written again when the file is closed, after the half line was cut off.
+        with _disk(path), open(path, "ab", buffering=0) as file:
             end = file.tell()
-            try:
-                file.write(json.dumps(_plain(metrics)).encode() + b"\n")
-                file.flush()
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.truncate(path, end)  # no half line
-                raise
+            if file.write(line) < len(line):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def save_image(self, name, image, index=0, **text):
         """`<name>.png`, or `<name>_b<index>.png` for a batch's further images, of an image (3, H, W) in [-1, 1].
@@ -98,10 +97,8 @@ class Run:
             try:
                 aside.write_bytes(data)
                 os.replace(aside, path)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    aside.unlink(missing_ok=True)
-                raise
+            finally:
+                aside.unlink(missing_ok=True)
 
 
 def load_noise(path):

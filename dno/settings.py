@@ -149,8 +149,8 @@ class Settings:
             num_steps=num_steps,
             guidance_scale=spec.guidance_scale if self.guidance_scale is None else self.guidance_scale,
             opt_time=num_steps if self.opt_time is None else self.opt_time,
-            height=self.height or (spec.size and spec.size[0]),
-            width=self.width or (spec.size and spec.size[1]),
+            height=spec.size[0] if spec.size and self.height is None else self.height,
+            width=spec.size[1] if spec.size and self.width is None else self.width,
             objective=_names(self.objective),
             evaluate=_names(self.evaluate),
         )
@@ -173,8 +173,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name} is {value:g}; expected a number above 0")
-        if not self.eta <= 1:
-            raise UserError(f"--eta is {self.eta:g}; expected a number from 0 (deterministic) to 1 (DDPM's noise)")
+        for name in ("eta", "min_probability"):
+            value = getattr(self, name)
+            if value is not None and value > 1:
+                raise UserError(f"--{name} is {value:g}; expected a number from 0 to 1")
         if self.opt_time > self.num_steps:
             raise UserError(f"--opt_time {self.opt_time} is above --num_steps; expected 1 to {self.num_steps}")
         if self.eta == 0 and self.opt_time < self.num_steps:

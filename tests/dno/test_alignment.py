@@ -110,7 +110,8 @@ def test_a_loaded_model_is_used_and_kept(quick, tiny_model):
 def test_negative_prompt_and_guidance_matter(quick):
     plain = quick(opt_steps=1).images
     assert not torch.equal(quick(opt_steps=1, negative_prompt="red car").images, plain)
-    assert torch.equal(quick(opt_steps=1, negative_prompt="").images, plain), "SD's empty conditioning is the empty prompt"
+    empty = quick(opt_steps=1, negative_prompt="").images
+    assert torch.equal(empty, plain), "SD's empty conditioning is the empty prompt"
     low = quick(opt_steps=1, guidance_scale=1.0).images
     assert torch.equal(quick(opt_steps=1, guidance_scale=1.0, negative_prompt="red car").images, low)
 

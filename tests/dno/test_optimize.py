@@ -147,7 +147,7 @@ def test_an_image_without_a_finite_reward_is_given_up_and_a_run_of_such_images_f
         warnings.simplefilter("ignore")
         states, log = optimize(Quadratic(spoil=lambda step, b: b == 1), start(batch=2), opt_steps=8)
         assert len(log) == 8 and len(log[-1]) == 1 and "without a finite reward" in states[1].stopped
-        with pytest.raises(UserError, match=f"no image had a finite reward and gradient for {MAX_BAD_STEPS} iterations"):
+        with pytest.raises(UserError, match=f"no image had a finite reward and gradient for {MAX_BAD_STEPS} iter"):
             optimize(Quadratic(spoil=lambda step, b: True), opt_steps=8)
 
 

@@ -126,7 +126,9 @@ def test_rows_must_divide_the_noise():
         probability(draw(1, shape=(3, 4, 4)), subsample=3)
 
 
-@pytest.mark.parametrize(("size", "k", "expected"), [(51 * 4 * 64 * 64, 4, 1024), (26 * 1024, 16, 1024), (4 * 67 * 53, 4, 268)])
+@pytest.mark.parametrize(
+    ("size", "k", "expected"), [(51 * 4 * 64 * 64, 4, 1024), (26 * 1024, 16, 1024), (4 * 67 * 53, 4, 268)]
+)
 def test_segments_divide_the_noise_into_whole_columns(size, k, expected):
     assert _num_segments(size, k) == expected
     assert size % expected == 0 and expected % k == 0

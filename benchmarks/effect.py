@@ -1,0 +1,101 @@
+"""What the regularizer and the preconditioner do: darkness on the embedded model, with and without them.
+
+  python benchmarks/effect.py                  # 3 seeds, 41 iterations: about 15 minutes on two cores
+  python benchmarks/effect.py --seeds 3 --iterations 11
+
+Prints two tables in markdown and writes a picture of the first seed's runs. In the tables each cell is mean brightness
+of the image (0 black, 1 white) / the second judge's probability that it shows its prompt / P(z), means over the seeds;
+the second table asks what brightness each run had reached when the judge last gave its prompt 0.9 or more.
+"""
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+import dno
+import sprites
+
+JUDGE = Path(sprites.__file__).parent / "judge.py"
+
+RUNS = {
+    "gamma 0": {},
+    "gamma 1": {"gamma": 1.0},
+    "gamma 10": {"gamma": 10.0},
+    "spectral": {"precondition": "spectral", "lr": 0.02},
+}
+SHOWN = (0, 5, 10, 20, 30, 40)
+
+
+def run(model, seed, iterations, folder, **settings):
+    """One run: brightness, judge's probability and P(z) of each iteration, (N, 3), and the paths of its images."""
+    result = dno.align(
+        model=model, objective="black", evaluate=f"{JUDGE}:judge_loss_fn", seed=seed, opt_steps=iterations,
+        output=folder, **{"lr": 0.005, **settings},
+    )  # fmt: skip
+    rows = [(0.5 - m["black"] / 2, m["judge_loss_fn"], m["probability"]) for m in result.metrics]
+    return np.array(rows), sorted((result.folder / "images").iterdir())
+
+
+def picture(rows, path, scale=3):
+    """A grid with a labelled row of images for each run."""
+    tile, left, top = 64 * scale, 110, 26
+    names = list(rows)
+    page = Image.new("RGB", (left + len(SHOWN) * (tile + 6), top + len(names) * (tile + 6)), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(16)
+    for column, step in enumerate(SHOWN):
+        pen.text((left + column * (tile + 6) + tile / 2, top / 2), f"iteration {step}", "#222222", font, "mm")
+    for row, name in enumerate(names):
+        pen.text((8, top + row * (tile + 6) + tile / 2), name, "#222222", font, "lm")
+        for column, step in enumerate(SHOWN):
+            if step < len(rows[name]):
+                image = Image.open(rows[name][step]).resize((tile, tile), Image.Resampling.LANCZOS)
+                page.paste(image, (left + column * (tile + 6), top + row * (tile + 6)))
+    page.save(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", default="white duck")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5])
+    parser.add_argument("--iterations", type=int, default=41)
+    parser.add_argument("--picture", type=Path, default=Path("effect.png"), help="where to write the picture")
+    arguments = parser.parse_args()
+
+    model = dno.load_model("sprites")
+    curves, images = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, settings in RUNS.items():
+            settings = {"prompt": arguments.prompt, **settings}
+            runs = [run(model, seed, arguments.iterations, folder, **settings) for seed in arguments.seeds]
+            curves[name] = np.stack([rows for rows, _ in runs])  # (seeds, N, 3)
+            images[name] = runs[0][1]
+            print(f"{name} done", flush=True)
+        picture(images, arguments.picture)
+
+    steps = [step for step in SHOWN if step < arguments.iterations]
+    print(f"\n| iteration | {' | '.join(RUNS)} |\n|{'---|' * (len(RUNS) + 1)}")
+    for step in steps:
+        cells = []
+        for name in RUNS:
+            brightness, agreement, p = curves[name][:, step].T
+            geometric = math.exp(np.log(np.maximum(p, 1e-30)).mean())
+            cells.append(f"{brightness.mean():.3f} / {agreement.mean():.3f} / {geometric:.2g}")
+        print(f"| {step} | {' | '.join(cells)} |")
+
+    print("\n| run | darkest with the judge at >= 0.9, each seed | at iteration |\n|---|---|---|")
+    for name in RUNS:
+        darkest, when = [], []
+        for rows in curves[name]:
+            good = np.flatnonzero(rows[:, 1] >= 0.9)
+            best = good[rows[good, 0].argmin()] if len(good) else None
+            darkest.append("never" if best is None else f"{rows[best, 0]:.3f}")
+            when.append("-" if best is None else str(best))
+        print(f"| {name} | {', '.join(darkest)} | {', '.join(when)} |")
+
+
+if __name__ == "__main__":
+    main()
