@@ -19,7 +19,7 @@ from dno.objectives import Losses, describe, parse_objectives
 from dno.optimize import StopRules, optimize_noise
 from dno.optimizers import make_optimizer
 from dno.regularization import probability_penalty
-from dno.runs import Run, load_noise
+from dno.runs import Run, check_noise, load_noise
 from dno.sampling import PERMUTATIONS, draw_noise, keyed_generator, sample
 from dno.settings import Settings
 
@@ -60,8 +60,10 @@ def align(model=None, *, noise=None, callback=None, screen=None, prefix="SD", ou
     unknown = settings.keys() - {field.name for field in fields(Settings)}
     if unknown:
         raise UserError(f"align() has no setting {', '.join(sorted(unknown))}; dno.settings.Settings lists them")
-    if isinstance(model, str):
-        settings["model"], model = model, None
+    if isinstance(model, str | Path):
+        settings["model"], model = str(model), None
+    elif model is not None:
+        settings["model"] = model.name
     if not isinstance(noise, torch.Tensor):
         settings["noise"], noise = noise, None
     return _Alignment(Settings(output=output, **settings).resolve(), model, noise, prefix).run(callback, screen)
@@ -86,7 +88,9 @@ class _Alignment:
                     f"the objective {objective.name!r} is not differentiable; use dno_stable_diffusion_nograd.py "
                     f"for it (--evaluate {objective.name} works here)"
                 )
-        self.noise = load_noise(settings.noise) if settings.noise else noise
+        for name in {o.name for o in self.objectives} & {e.name for e in self.evaluations}:
+            raise UserError(f"{name!r} is both an objective and an evaluation; an objective is recorded already")
+        self.noise = load_noise(settings.noise) if settings.noise else None if noise is None else check_noise(noise)
         self.model = model
         self.run_folder = Run(settings.output, prefix) if settings.output is not None else None
         self.metrics = []

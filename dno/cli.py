@@ -5,6 +5,7 @@ import signal
 import sys
 import warnings
 from dataclasses import fields
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 from dno.errors import UserError
@@ -68,7 +69,8 @@ def main(description, prefix, **defaults):
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, Terminated)
-        kept = f"; what was found is in {screen.folder}" if screen and screen.folder else ""
+        found = screen and screen.folder and Path(screen.folder).is_dir()  # gone where nothing was found
+        kept = f"; what was found is in {screen.folder}" if found else ""
         print(f"stopped by {'SIGTERM' if terminated else 'Ctrl-C'}{kept}", file=sys.stderr)
         sys.exit(TERMINATED if terminated else INTERRUPTED)
 

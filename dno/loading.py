@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import re
-import warnings
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from dno.errors import UserError
 from dno.memory import is_out_of_memory
 from dno.models import StableDiffusion, model_spec
+from dno.quiet import quiet
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FAMILIES = {family.pipeline_class: family for family in (StableDiffusion,)}
@@ -46,7 +46,7 @@ def load_model(name, dtype=torch.float32, device="cpu", variant=None, lora=None,
     """
     source = model_spec(name).source
     path = Path(source).expanduser()
-    with _quiet():
+    with quiet():
         if path.is_file():
             pipe = _load_file(path, dtype, model_config)
         elif path.is_dir():
@@ -60,7 +60,7 @@ def load_model(name, dtype=torch.float32, device="cpu", variant=None, lora=None,
         family = FAMILIES[type(pipe).__name__]
         with _explained(f"--model {name} could not be moved to {device} (is it whole?)"):
             pipe.to(device)
-        return family(pipe)
+        return family(pipe, str(name))
 
 
 def _may_be_hub_id(source):
@@ -104,7 +104,6 @@ def _load_folder(folder, dtype, variant):
 
 
 def _load_hub(name, dtype, variant):
-    import httpx
     from huggingface_hub import errors, hf_hub_download
 
     try:
@@ -118,7 +117,7 @@ def _load_hub(name, dtype, variant):
         if isinstance(error, errors.LocalEntryNotFoundError):
             raise _no_network(name) from None
         raise UserError(f"--model {name} is no diffusers pipeline: it has no model_index.json") from None
-    except (OSError, httpx.HTTPError):
+    except (OSError, errors.HTTPError):  # the second from its HTTP library, whichever that is
         raise _no_network(name) from None
     _check_class(Path(index), name)
     return _from_pretrained(name, dtype, variant)
@@ -183,29 +182,3 @@ def _explained(what):
             raise
         message = " ".join(str(error).split()) or "no message"
         raise UserError(f"{what}: {type(error).__name__}: {message[:300]}") from error
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Silence what libraries say while loading: progress bars, and advice such as on a missing safety checker."""
-    import diffusers.utils.logging
-    import huggingface_hub.utils.logging
-    import transformers.utils.logging
-
-    libraries = (diffusers.utils.logging, transformers.utils.logging)
-    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    hub = huggingface_hub.utils.logging.get_verbosity()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    for library in libraries:
-        library.set_verbosity(library.CRITICAL)  # whatever matters is raised too
-        library.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        huggingface_hub.utils.logging.set_verbosity(hub)
-        for library, (verbosity, bar) in zip(libraries, before, strict=True):
-            library.set_verbosity(verbosity)
-            if bar:
-                library.enable_progress_bar()

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from dno.errors import UserError
+from dno.quiet import quiet
 from dno.sampling import Schedule
 
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -121,7 +122,10 @@ class StableDiffusion:
                 f"--num_steps {num_steps} asks for timesteps past the model's last, {most - 1} "
                 f"({spacing} spacing); lower it"
             )
-        return Schedule.from_alphas_cumprod(self.scheduler.timesteps, self.scheduler.alphas_cumprod)
+        schedule = Schedule.from_alphas_cumprod(self.scheduler.timesteps, self.scheduler.alphas_cumprod)
+        if num_steps == 1 and schedule.stands_still(0):
+            raise UserError(f"--num_steps 1 does nothing with the model's {spacing} spacing; expected 2 or more")
+        return schedule
 
     @torch.no_grad()
     def encode_prompts(self, prompts, negative_prompt=None):
@@ -133,18 +137,19 @@ class StableDiffusion:
             raise UserError("the text encoder was freed; encode every prompt before free_text_encoder()")
         for prompt in dict.fromkeys([*prompts, negative_prompt or ""]):
             self._warn_of_cut(prompt)
-        positive, negative = self.pipe.encode_prompt(
-            list(prompts), self.device, num_images_per_prompt=1, do_classifier_free_guidance=True,
-            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
-        )  # fmt: skip
+        with quiet():
+            positive, negative = self.pipe.encode_prompt(
+                list(prompts), self.device, num_images_per_prompt=1, do_classifier_free_guidance=True,
+                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
+            )  # fmt: skip
         return Conditioning(positive.to(self.dtype), negative.to(self.dtype))
 
     def _warn_of_cut(self, prompt):
         tokenizer = self.pipe.tokenizer
         limit = tokenizer.model_max_length
-        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         if len(ids) > limit - 2:  # the start and end tokens take two places
-            cut = tokenizer.decode(ids[limit - 2 :]).strip()
+            cut = tokenizer.decode(ids[limit - 2 :], clean_up_tokenization_spaces=False).strip()
             warnings.warn(f"the prompt has {len(ids)} tokens, the model takes {limit - 2}; cut: {cut!r}", stacklevel=3)
 
     def free_text_encoder(self):

@@ -102,7 +102,7 @@ class Run:
 
 
 def load_noise(path):
-    """The noise (T + 1, B, C, h, w) of a best_noise.safetensors, float32. Raises UserError for anything else."""
+    """The noise of a best_noise.safetensors, checked as `check_noise` does."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -110,9 +110,14 @@ def load_noise(path):
         noise = load_file(Path(path).expanduser()).get("noise")
     except (OSError, SafetensorError) as error:
         raise UserError(f"--noise {path} could not be read: {error}; expected a best_noise.safetensors") from error
+    return check_noise(noise, f"--noise {path}")
+
+
+def check_noise(noise, what="noise"):
+    """The noise, (T + 1, B, C, h, w), in float32. Raises UserError for anything else."""
     if noise is None or noise.dim() != 5 or not noise.is_floating_point() or not noise.isfinite().all():
         got = "no tensor 'noise'" if noise is None else f"'noise' of shape {tuple(noise.shape)}, {noise.dtype}"
-        raise UserError(f"--noise {path} has {got}; expected a finite float tensor (T + 1, B, C, h, w)")
+        raise UserError(f"{what} has {got}; expected a finite float tensor (T + 1, B, C, h, w)")
     return noise.float()
 
 

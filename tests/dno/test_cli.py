@@ -1,0 +1,324 @@
+"""The command line, run within this process: flags, exit codes, the screen, the folder, and the faults of a run."""
+
+import json
+import re
+import shlex
+import signal
+import sys
+import warnings
+from dataclasses import fields
+
+import pytest
+import torch
+from PIL import Image
+
+import rewards
+from dno import alignment, cli
+from dno.cli import build_parser, main
+from dno.runs import load_noise
+from dno.settings import Settings
+from rewards import RFUNCTIONS
+
+DESCRIPTION = "What it does.\n\ncommands to try:\n  python script.py --prompt x\n"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path, tiny_folder):
+    """call(flags) -> (exit code, standard output, standard error) of a short run of the tiny model in tmp_path."""
+    # What `main` changes in the process is changed back after the test.
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def call(flags="", model=tiny_folder):
+        always = f"--model {model} --num_steps 3 --opt_steps 3 --lr 0.05 --output {tmp_path / 'output'}"
+        monkeypatch.setattr(sys, "argv", ["script.py", *shlex.split(f"{always} {flags}")])
+        code = 0
+        try:
+            main(DESCRIPTION, prefix="SD")
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Evolution sheets take longest of all, and most tests do not look at them."""
+    monkeypatch.setattr("dno.figures.evolution_sheet", lambda folder: None)
+    monkeypatch.setattr("dno.figures.evolution_gif", lambda folder: None)
+
+
+@pytest.fixture
+def reward(tmp_path):
+    """reward(body) -> the --objective of a reward of one's own; `calls` counts up from 0."""
+
+    def write(body):
+        (tmp_path / "mine.py").write_text(
+            "import torch\n\ndef score(inference_dtype=None, device=None):\n    calls = iter(range(10**6))\n\n"
+            f"    def loss_fn(images, prompts):\n        call = next(calls)\n        {body}\n\n    return loss_fn\n"
+        )
+        return f"--objective {tmp_path / 'mine.py'}:score"
+
+    return write
+
+
+def run_folder(tmp_path):
+    (folder,) = (tmp_path / "output").iterdir()
+    return folder
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def no_folder(tmp_path):
+    return not list((tmp_path / "output").glob("*"))
+
+
+# Flags.
+
+
+def test_help_names_every_flag_and_reward_and_the_commands():
+    text = build_parser(DESCRIPTION, {}).format_help()
+    assert all(f"--{setting.name} " in text for setting in fields(Settings))
+    assert all(name in text for name in RFUNCTIONS) and "jpeg (--evaluate only)" in text
+    assert "python script.py --prompt x" in text and "FILE.py:FUNCTION" in text and "exit codes: 0 done" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", [setting.name for setting in fields(Settings)])
+def test_help_says_a_default_once(name):
+    text = " ".join(build_parser(DESCRIPTION, {}).format_help().split())
+    (entry,) = re.findall(rf" (--{name} .*?)(?= --\w| \w+: --|$)", text)[-1:]
+    assert entry.count("default") + len(re.findall(r" \[[^\]]+\]$", entry)) <= 1, entry
+
+
+def test_the_scripts_defaults_are_the_settings():
+    assert Settings(**vars(build_parser(DESCRIPTION, {}).parse_args([]))) == Settings()
+    parser = build_parser(DESCRIPTION, {"lr": 0.5, "objective": ("white",)})
+    assert parser.parse_args([]).lr == 0.5 and parser.parse_args([]).objective == ("white",)
+
+
+def test_published_flags_are_read_as_published():
+    command = (
+        "--num_steps 20 --eta 0.5 --guidance_scale 7.5 --seed 3 --opt_steps 10 --opt_time 5 --objective black "
+        "--precision fp16 --gamma 1 --subsample 2 --lr 0.001 --output there --device cuda --model owner/name "
+        "--prompt 'white duck'"
+    )
+    got = vars(build_parser(DESCRIPTION, {}).parse_args(shlex.split(command)))
+    expected = {
+        "num_steps": 20, "eta": 0.5, "guidance_scale": 7.5, "seed": 3, "opt_steps": 10, "opt_time": 5,
+        "objective": ["black"], "precision": "fp16", "gamma": 1.0, "subsample": 2, "lr": 0.001, "output": "there",
+        "device": "cuda", "model": "owner/name", "prompt": "white duck",
+    }  # fmt: skip
+    assert {name: got[name] for name in expected} == expected
+    several = build_parser(DESCRIPTION, {}).parse_args("--objective black white:0.5 --evaluate jpeg contrast".split())
+    assert several.objective == ["black", "white:0.5"] and several.evaluate == ["jpeg", "contrast"]
+
+
+@pytest.mark.parametrize(
+    "flags", ["--num_steps ten", "--lr", "--precision fp8", "--objective", "--no_such_flag 1", "--obj white", "stray"]
+)
+def test_flags_that_cannot_be_read(call, tmp_path, flags):
+    code, _, err = call(flags)
+    assert code == 2 and err.splitlines()[-1].startswith("script.py: error:") and no_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [("--height 17", "--height is 17; expected a multiple of the VAE's scale factor 2, such as 16"),
+     ("--width 1", "--width is 1;"),
+     ("--height 0", "--height is 0; expected 1 or more"),
+     ("--subsample 5", "--subsample 5"),
+     ("--num_steps 1000", "--num_steps 1000"),
+     ("--opt_time 4", "--opt_time 4 is above --num_steps"),
+     ("--objective blac", "no reward is called 'blac'"),
+     ("--objective jpeg", "'jpeg' is not differentiable; use dno_stable_diffusion_nograd.py"),
+     ("--objective black jpeg:0.1", "'jpeg' is not differentiable; use dno_stable_diffusion_nograd.py"),
+     ("--evaluate nothing", "no reward is called 'nothing'"),
+     ("--noise no/such.safetensors", "--noise no/such.safetensors does not exist"),
+     ("--model no/such/folder", "--model no/such/folder: no such folder or file"),
+     ("--lora no/such.safetensors", "--lora no/such.safetensors: no such file"),
+     ("--variant fp16", "--variant")],
+)  # fmt: skip
+def test_bad_input_is_one_line_exit_code_2_and_no_folder(call, tmp_path, flags, words):
+    code, out, err = call(flags)
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err and "Traceback" not in err
+    assert no_folder(tmp_path)
+
+
+def test_an_output_that_is_a_file_is_found_before_the_model_is_loaded(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(alignment, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "output").write_text("")
+    code, _, err = call()
+    assert code == 2 and err.startswith("error: cannot write") and "--output" in err
+
+
+# A whole run.
+
+
+def test_a_run_writes_and_says_what_is_promised(call, tmp_path):
+    code, out, err = call("--prompt 'red car' --gamma 1 --objective black contrast:0.1 --evaluate jpeg --save_every 2")
+    assert code == 0
+    folder = run_folder(tmp_path)
+    assert re.fullmatch(r"SD-\d{8}-\d{6}", folder.name)
+    files = ["args.json", "best.png", "best_noise.safetensors", "evolution.gif", "evolution.png", "images",
+             "images/000.png", "images/002.png", "initial.png", "metrics.jsonl"]  # fmt: skip
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == files
+
+    lines = metrics_of(folder)
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    for line in lines:
+        assert line.keys() == {
+            "step", "reward", "rewards", "black", "contrast", "jpeg", "regularizer", "probability", "probability_min",
+            "grad_norm", "seconds", "peak_memory_gb", "images",
+        }  # fmt: skip
+        assert line["reward"] == pytest.approx(line["black"] + 0.1 * line["contrast"], abs=1e-6)
+        assert line["rewards"] == [line["reward"]] and line["jpeg"] < 0 < line["seconds"]
+        assert 0 < line["probability_min"] <= 1 and 0 < line["probability"] <= 1 and line["grad_norm"] > 0
+
+    args = json.loads((folder / "args.json").read_text())
+    assert {setting.name for setting in fields(Settings)} <= args.keys()
+    assert {"versions", "git_revision", "model_source"} <= args.keys()
+    assert (args["height"], args["width"], args["opt_time"], args["guidance_scale"]) == (16, 16, 3, 5.0)
+    assert (args["device"], args["precision"], args["checkpointing"]) == ("cpu", "float32", "none")
+
+    with Image.open(folder / "images" / "002.png") as png:
+        assert png.size == (16, 16) and png.text["prompt"] == "red car" and png.text["seed"] == "0"
+        assert png.text["step"] == "2" and float(png.text["reward"]) == lines[2]["reward"]
+    assert (folder / "initial.png").read_bytes() == (folder / "images" / "000.png").read_bytes()
+
+    assert all(words in out for words in ("'red car'", "black + 0.1 * contrast; watching jpeg", "3 iterations"))
+    best = max(lines, key=lambda line: line["reward"])
+    assert f"best reward {best['reward']:.4f} at iteration {best['step']}" in out and str(folder) in out
+    assert "3/3" in err and "P(z)" in err and "Traceback" not in err
+
+
+def test_the_noise_of_a_run_replays_its_best_image(call, tmp_path, no_pictures):
+    call("--batch_size 2 --seed 3")
+    first = run_folder(tmp_path).rename(tmp_path / "first")
+    call(f"--batch_size 2 --seed 3 --opt_steps 1 --noise {first / 'best_noise.safetensors'}")
+    second = run_folder(tmp_path)
+    best = [max(line["rewards"][b] for line in metrics_of(first)) for b in range(2)]
+    assert metrics_of(second)[0]["rewards"] == best
+    for name in ("best.png", "best_b1.png"):
+        with Image.open(first / name) as a, Image.open(second / name) as b:
+            assert a.tobytes() == b.tobytes()
+    noises = [load_noise(folder / "best_noise.safetensors") for folder in (first, second)]
+    assert torch.equal(*noises)
+    code, _, err = call(f"--noise {first / 'best_noise.safetensors'}")
+    assert code == 2 and "--num_steps 3 --batch_size 2" in err
+
+
+def test_two_runs_with_one_seed_are_identical(call, tmp_path, no_pictures):
+    flags = "--gamma 1 --seed 4 --best_of 2 --batch_size 2"
+    call(flags)
+    first = run_folder(tmp_path).rename(tmp_path / "first")
+    call(flags)
+    second = run_folder(tmp_path)
+    for a, b in zip(metrics_of(first), metrics_of(second), strict=True):
+        for line in (a, b):
+            del line["seconds"], line["peak_memory_gb"]
+        assert a == b
+    for path in first.rglob("*.png"):
+        assert path.read_bytes() == (second / path.relative_to(first)).read_bytes()
+
+
+def test_flags_reach_the_model(call, monkeypatch, tiny_folder):
+    def load(*args):
+        raise cli.UserError(repr(args))
+
+    monkeypatch.setattr(alignment, "load_model", load)
+    _, _, err = call(f"--precision bf16 --variant fp16 --lora x:0.5 --model_config {tiny_folder}")
+    expected = (str(tiny_folder), torch.bfloat16, torch.device("cpu"), "fp16", "x:0.5", str(tiny_folder))
+    assert err == f"error: {expected!r}\n"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_climbs(call, tmp_path, no_pictures, precision):
+    assert call(f"--precision {precision} --gamma 0.1")[0] == 0
+    lines = metrics_of(run_folder(tmp_path))
+    assert lines[-1]["reward"] > lines[0]["reward"]
+
+
+def test_a_long_prompt_is_one_warning_on_the_screen(call, no_pictures):
+    code, _, err = call(f"--opt_steps 1 --prompt '{' '.join('x' * 75)} y z'")
+    assert code == 0
+    said = [line for line in err.splitlines() if "cut" in line or "longer" in line or "truncated" in line]
+    assert said == ["warning: the prompt has 77 tokens, the model takes 75; cut: 'y z'"]
+
+
+def test_an_empty_prompt_is_allowed(call, no_pictures):
+    code, _, err = call("--opt_steps 1 --prompt '' --negative_prompt ''")
+    assert code == 0 and "warning" not in err
+
+
+# Faults.
+
+
+def test_one_bad_reward_is_left_out_with_a_warning(call, reward, tmp_path, no_pictures):
+    mine = reward("return images.mean(dim=(1, 2, 3)) * (float('nan') if call == 1 else 1)")
+    code, out, err = call(f"{mine} --opt_steps 4")
+    assert code == 0 and "warning: iteration 1: image 0 has reward nan" in err and "its step is skipped" in err
+    values = [line["reward"] for line in metrics_of(run_folder(tmp_path))]
+    assert [value is None for value in values] == [False, True, False, False]
+    assert values[2] > values[0]  # it goes on from where it was
+    assert "best reward" in out and "nan" not in out
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_bad_rewards_in_a_row_end_the_run_and_keep_what_was_found(call, reward, tmp_path, no_pictures, value):
+    mine = reward(f"return images.mean(dim=(1, 2, 3)) * (1 if call < 2 else float('{value}'))")
+    code, _, err = call(f"{mine} --opt_steps 9")
+    assert code == 2 and "error: no image had a finite reward and gradient for 3 iterations in a row" in err
+    folder = run_folder(tmp_path)
+    assert [line["reward"] is None for line in metrics_of(folder)] == [False, False, True, True, True]
+    assert (folder / "best.png").is_file() and (folder / "best_noise.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "body", ["return 0 * images.mean(dim=(1, 2, 3))", "return images.sign().mean(dim=(1, 2, 3))",
+             "return images.detach().mean(dim=(1, 2, 3))", "return torch.zeros(len(images))"]
+)  # fmt: skip
+def test_a_reward_without_a_gradient_is_named_with_the_script_for_it(call, reward, tmp_path, body):
+    code, out, err = call(reward(body))
+    assert code == 2 and "error: " in err and "score" in err and "dno_stable_diffusion_nograd.py" in err
+    assert "Traceback" not in err and no_folder(tmp_path)
+
+
+def test_out_of_memory_names_the_flags_and_keeps_what_was_found(call, reward, tmp_path, no_pictures):
+    mine = reward("return images.mean(dim=(1, 2, 3)) if call < 2 else torch.empty(2**50)")
+    code, _, err = call(mine)
+    assert code == 2 and "out of memory; lower, in this order: --checkpointing block, --batch_size 1" in err
+    assert len(metrics_of(run_folder(tmp_path))) == 2 and (run_folder(tmp_path) / "best.png").is_file()
+
+
+def test_a_failing_picture_is_a_warning(call, tmp_path, monkeypatch):
+    def fail(folder):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("dno.figures.evolution_sheet", fail)
+    code, out, err = call()
+    assert code == 0 and "warning: evolution.png could not be drawn: RuntimeError: no font" in err
+    assert (run_folder(tmp_path) / "evolution.gif").is_file() and "best reward" in out
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "name"), [(KeyboardInterrupt, 130, "Ctrl-C"), (cli.Terminated, 143, "SIGTERM")]
+)
+def test_a_stop_before_the_first_iteration_leaves_nothing(call, tmp_path, monkeypatch, stop, code, name):
+    def factory(inference_dtype=None, device=None):
+        def loss_fn(images, prompts):
+            raise stop
+
+        return loss_fn
+
+    monkeypatch.setitem(rewards.RFUNCTIONS, "black", factory)
+    got, _, err = call()
+    assert got == code and err.endswith(f"\nstopped by {name}\n") and no_folder(tmp_path)
+    monkeypatch.setattr(alignment, "load_model", lambda *_: (_ for _ in ()).throw(stop))
+    got, _, err = call()
+    assert got == code and err == f"stopped by {name}\n" and no_folder(tmp_path)

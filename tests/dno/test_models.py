@@ -1,0 +1,252 @@
+"""The Stable Diffusion border against diffusers itself: prediction types, guidance, decoding, prompts, precision."""
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+import dno
+from dno.errors import UserError
+from dno.models import StableDiffusion
+from dno.sampling import sample, step
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def reconfigured(model, **scheduler):
+    """The model with some of its scheduler's configuration replaced."""
+    pipe = model.pipe
+    # Stable Diffusion's own configuration switches the clipping of x0 off too.
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, **scheduler)
+    return StableDiffusion(pipe, "reconfigured")
+
+
+def published(model):
+    """diffusers' own DDIM for the model."""
+    return DDIMScheduler.from_config(model.pipe.scheduler.config)
+
+
+@pytest.fixture
+def unet_calls(tiny_model, monkeypatch):
+    """The batch sizes that the UNet is called with."""
+    sizes, forward = [], tiny_model.unet.forward
+
+    def counted(x, *args, **kw):
+        sizes.append(len(x))
+        return forward(x, *args, **kw)
+
+    monkeypatch.setattr(tiny_model.unet, "forward", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_denoise_and_step_are_ddims(tiny_model, prediction_type):
+    model = reconfigured(tiny_model, prediction_type=prediction_type)
+    conditioning = model.encode_prompts(["white duck", "red car"])
+    schedule, scheduler = model.schedule(10), published(model)
+    scheduler.set_timesteps(10)
+    x, z = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
+    for i in (0, 5, 9):
+        t = schedule.timesteps[i]
+        x0, eps = model.denoise(x, t, conditioning, guidance_scale=1)
+        with torch.no_grad():
+            prediction = model.pipe.unet(x, t, conditioning.positive).sample
+        for eta in (0, 0.5, 1):
+            expected = scheduler.step(prediction, t, x, eta=eta, variance_noise=z)
+            torch.testing.assert_close(x0, expected.pred_original_sample, rtol=1e-5, atol=1e-5)
+            if eta == 0 or i < 9:  # diffusers adds noise after the last step too
+                after = step(x0, eps, z, schedule, i, eta)
+                torch.testing.assert_close(after, expected.prev_sample, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(schedule.alpha[i].float() * x0 + schedule.sigma[i].float() * eps, x)
+
+
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+@pytest.mark.parametrize("scheduler", [*({"prediction_type": kind} for kind in PREDICTIONS), ZERO_SNR])
+@pytest.mark.parametrize("negative_prompt", [None, "a grey cat"])
+def test_sampling_is_the_published_pipelines(tiny_model, scheduler, negative_prompt):
+    model = reconfigured(tiny_model, **scheduler)
+    noise = randn(11, 2, 4, 8, 8)
+    conditioning = model.encode_prompts(["white duck", "red car"], negative_prompt)
+    denoise = partial(model.denoise, conditioning=conditioning, guidance_scale=5.0)
+    with torch.no_grad():
+        latents = sample(denoise, noise, model.schedule(10), eta=0)
+        images = model.decode(latents)
+    pipe = model.pipe
+    pipe.scheduler = published(model)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        ["white duck", "red car"], height=16, width=16, num_inference_steps=10, guidance_scale=5.0, eta=0.0,
+        negative_prompt=negative_prompt and [negative_prompt] * 2, latents=noise[-1], output_type="latent",
+    ).images  # fmt: skip
+    torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    with torch.no_grad():
+        by_hand = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    torch.testing.assert_close(images, by_hand)
+
+
+def test_decoding_neither_clamps_nor_forgets_a_shift(tiny_model):
+    latents = 3 * randn(1, 4, 8, 8)
+    images = tiny_model.decode(latents)
+    assert images.shape == (1, 3, 16, 16) and images.abs().max() > 1
+    tiny_model.vae.register_to_config(scaling_factor=2.0, shift_factor=0.5)
+    torch.testing.assert_close(tiny_model.decode(latents), tiny_model.vae.decode(latents / 2 + 0.5).sample)
+
+
+def test_guidance_of_one_or_less_is_the_conditional_prediction_at_half_the_work(tiny_model, unet_calls):
+    conditioning = tiny_model.encode_prompts(["white duck", "red car"], "a grey cat")
+    x = randn(2, 4, 8, 8)
+    eps = {scale: tiny_model.denoise(x, 501, conditioning, scale)[1] for scale in (0, 1, 1.5, 5)}
+    assert unet_calls == [2, 2, 4, 4]
+    torch.testing.assert_close(eps[0], eps[1])
+    negative = tiny_model.denoise(x, 501, type(conditioning)(conditioning.negative, conditioning.positive), 1)[1]
+    assert (negative - eps[1]).abs().max() > 1e-3
+    for scale in (1.5, 5):
+        torch.testing.assert_close(eps[scale], negative + scale * (eps[1] - negative), rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_are_encoded_as_the_pipeline_does(tiny_model):
+    pipe = tiny_model.pipe
+    conditioning = tiny_model.encode_prompts(["white duck", ""], "a grey cat")
+    for text, row in (("white duck", conditioning.positive[0]), ("", conditioning.positive[1]),
+                      ("a grey cat", conditioning.negative[0]), ("a grey cat", conditioning.negative[1])):  # fmt: skip
+        ids = pipe.tokenizer(text, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        torch.testing.assert_close(row, pipe.text_encoder(ids)[0][0])
+    second = conditioning[[1]]
+    assert torch.equal(second.positive, conditioning.positive[1:]) and second.negative.shape[0] == 1
+
+
+def test_no_negative_prompt_is_the_empty_one(tiny_model):
+    default, empty = tiny_model.encode_prompts(["white duck"]), tiny_model.encode_prompts(["white duck"], "")
+    assert torch.equal(default.negative, empty.negative)
+    assert torch.equal(default.negative, tiny_model.encode_prompts([""]).positive)
+
+
+def test_a_prompt_over_the_limit_warns_with_what_is_cut(tiny_model):
+    longest = " ".join("x" * 75)  # one token each
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = tiny_model.encode_prompts([longest, ""], "")
+    with pytest.warns(UserWarning, match="77 tokens, the model takes 75; cut: 'y z'"):
+        cut = tiny_model.encode_prompts([longest + " y z", ""])
+    assert torch.equal(cut.positive, whole.positive)
+    with pytest.warns(UserWarning, match="cut: 'w'"):
+        tiny_model.encode_prompts(["white duck"], longest + " w")
+
+
+def test_the_text_encoder_can_be_freed(tiny_model):
+    tiny_model.free_text_encoder()
+    assert tiny_model.pipe.text_encoder is None and tiny_model.device.type == "cpu"
+    with pytest.raises(UserError, match="encode every prompt before"):
+        tiny_model.encode_prompts(["white duck"])
+
+
+def test_the_schedule_is_the_published_one(tiny_model):
+    schedule = tiny_model.schedule(50)
+    assert schedule.timesteps.tolist() == list(range(981, 0, -20))
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alpha_bar = torch.cumprod(1 - betas, 0)[[*range(981, 0, -20), 0]]
+    torch.testing.assert_close(schedule.alpha, alpha_bar.sqrt(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(schedule.sigma, (1 - alpha_bar).sqrt(), rtol=1e-4, atol=0)
+    assert tiny_model.schedule(1).timesteps.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("spacing", "offset", "most", "first"),
+    [("leading", 1, 999, 999), ("leading", 0, 1000, 999), ("trailing", 0, 1000, 999), ("linspace", 0, 1000, 999)],
+)
+def test_more_steps_than_the_model_has_are_refused(tiny_model, spacing, offset, most, first):
+    model = reconfigured(tiny_model, timestep_spacing=spacing, steps_offset=offset)
+    assert model.schedule(most).timesteps[0] == first
+    with pytest.raises(UserError, match=f"--num_steps {most + 1} .* 999 .*{spacing}.*lower it"):
+        model.schedule(most + 1)
+
+
+def test_an_unknown_prediction_type_is_refused(tiny_model):
+    with pytest.raises(UserError, match="'flow'; expected one of epsilon, v_prediction, sample"):
+        reconfigured(tiny_model, prediction_type="flow")
+
+
+def test_sizes_come_from_the_model(tiny_model):
+    assert tiny_model.scale_factor == 2 and tiny_model.default_size == (16, 16)
+    assert tiny_model.latent_shape(3, 24, 16) == (3, 4, 12, 8)
+    tiny_model.unet.register_to_config(sample_size=(8, 12))
+    assert tiny_model.default_size == (16, 24)
+
+
+def sizes_in_bytes(model):
+    networks = (model.unet, model.vae, model.pipe.text_encoder)
+    return [sum(p.numel() * p.element_size() for p in network.parameters()) for network in networks]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_networks_are_stored_in_half_precision_and_the_border_is_float32(tiny_folder, tiny_model, dtype):
+    half = dno.load_model(str(tiny_folder), dtype)
+    assert half.dtype == dtype and [2 * size for size in sizes_in_bytes(half)] == sizes_in_bytes(tiny_model)
+    networks = (half.unet, half.vae, half.pipe.text_encoder)
+    assert {p.dtype for network in networks for p in network.parameters()} == {dtype}
+    assert not any(p.requires_grad for network in networks for p in network.parameters())
+
+    conditioning = half.encode_prompts(["white duck"])
+    assert conditioning.positive.dtype == conditioning.negative.dtype == dtype
+    exact = tiny_model.denoise(randn(1, 4, 8, 8), 501, tiny_model.encode_prompts(["white duck"]), 5.0)
+    for got, expected in zip(half.denoise(randn(1, 4, 8, 8), 501, conditioning, 5.0), exact):
+        assert got.dtype == torch.float32 and (got - expected).norm() < 0.06 * expected.norm()
+    assert half.decode(randn(1, 4, 8, 8)).dtype == torch.float32
+
+
+def gradients(model, scale=1.0, recompute=False):
+    """The gradient in the noises of a loss on two images, the second one's loss a thousandth of the first one's."""
+    noise = [z.requires_grad_() for z in randn(4, 2, 4, 8, 8)]
+    conditioning = model.encode_prompts(["white duck", "red car"])
+    denoise = partial(model.denoise, conditioning=conditioning, guidance_scale=3.0)
+    images = model.decode(sample(denoise, noise, model.schedule(3), 1.0, recompute=recompute))
+    losses = scale * torch.tensor([1.0, 1e-3]) * images.mean(dim=(1, 2, 3))
+    return torch.stack(torch.autograd.grad(losses.sum(), noise[1:]))  # (3, 2, 4, 8, 8)
+
+
+def assert_close_per_image(got, expected, tolerance):
+    assert got.dtype == torch.float32 and got.isfinite().all()
+    for b in range(2):
+        error = (got[:, b] - expected[:, b]).norm() / expected[:, b].norm()
+        assert error < tolerance, f"image {b}: {error}"
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_fp16_keeps_gradients_that_would_underflow(tiny_folder, tiny_model, recompute):
+    """The mean over 768 values, times 1e-6 and less: far below float16's least number, 6e-8."""
+    half = dno.load_model(str(tiny_folder), torch.float16)
+    expected = gradients(tiny_model, 1e-6)
+    assert not expected.half().any()
+    assert_close_per_image(gradients(half, 1e-6, recompute), expected, 0.03)
+
+
+def test_fp16_survives_large_gradients_and_passes_on_what_is_not_finite(tiny_folder, tiny_model):
+    half = dno.load_model(str(tiny_folder), torch.float16)
+    assert_close_per_image(gradients(half, 1e8), gradients(tiny_model, 1e8), 0.03)
+    assert not gradients(half, float("inf")).isfinite().any()
+    assert not gradients(half, 0.0).any()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_bf16_takes_a_float32_leaf(tiny_folder, tiny_model, recompute):
+    half = dno.load_model(str(tiny_folder), torch.bfloat16)
+    assert_close_per_image(gradients(half, 1.0, recompute), gradients(tiny_model), 0.15)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_block_checkpointing_gives_the_same_gradient(tiny_model, recompute):
+    expected = gradients(tiny_model)
+    assert expected.flatten(1).norm(dim=1).min() > 0
+    tiny_model.checkpoint_blocks()
+    assert tiny_model.unet.is_gradient_checkpointing and tiny_model.vae.is_gradient_checkpointing
+    torch.testing.assert_close(gradients(tiny_model, recompute=recompute), expected)
+    tiny_model.checkpoint_blocks(False)
+    assert not (tiny_model.unet.is_gradient_checkpointing or tiny_model.vae.is_gradient_checkpointing)

@@ -1,0 +1,35 @@
+"""The README says what the program does: its flags are the program's, and its commands parse."""
+
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import dno_stable_diffusion
+from dno.cli import build_parser
+from dno.settings import Settings
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^(?:!\S*/|\.venv\S)?python dno_stable_diffusion.py (.*?)(?:  +#.*)?$", README, re.MULTILINE)
+
+
+def test_the_table_of_flags_is_complete():
+    rows = re.findall(r"^\| `--(\w+)` \|", README, re.MULTILINE)
+    assert rows == [setting.name for setting in fields(Settings)]
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "-h"])
+def test_commands_parse(command):
+    parser = build_parser(dno_stable_diffusion.__doc__, {})
+    Settings(**vars(parser.parse_args(shlex.split(command)))).resolve()
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 5
+
+
+def test_links_lead_somewhere():
+    for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
+        assert (Path(__file__).parent.parent / link).exists(), link
