@@ -1,7 +1,7 @@
 """The rewards that `--objective` and `--evaluate` know by name.
 
-To add one, write a loss factory in `rewards_zoo.py` and give it a row here. See `rewards_zoo` for the contract and
-`weights` for where weights come from.
+To add one, write a loss factory in `rewards_zoo.py` and give it a row here. See `rewards_zoo` for the
+contract and `weights` for where weights come from.
 """
 
 from .contract import is_differentiable  # noqa: F401

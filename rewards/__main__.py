@@ -18,7 +18,7 @@ from PIL import Image
 
 import rewards
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def main(argv=None):
@@ -41,15 +41,22 @@ def parse(argv):
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the rewards, one line each")
     scoring = commands.add_parser("score", help="score picture files and folders")
-    scoring.add_argument("--reward", nargs="+", required=True, choices=rewards.RFUNCTIONS, metavar="REWARD",
+    scoring.add_argument("--reward", nargs="+", required=True, metavar="REWARD",
                          help=f"one or more of {', '.join(rewards.RFUNCTIONS)}")  # fmt: skip
-    scoring.add_argument("--prompt", default="", help="what the pictures should show; the same for all of them")
+    scoring.add_argument("--prompt", default="", help="what all the pictures should show")
     scoring.add_argument("--csv", type=Path, metavar="FILE", help="also write the scores into this file")
     scoring.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                          help="(default: %(default)s)")  # fmt: skip
-    scoring.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture file or folder of pictures")
+    scoring.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="picture file or folder")
     rewards.add_arguments(scoring)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.command == "score":
+        # Pictures right after `--reward a b` are read as rewards too: what is no reward is a picture.
+        args.images = [Path(word) for word in args.reward if word not in rewards.RFUNCTIONS] + args.images
+        args.reward = [word for word in args.reward if word in rewards.RFUNCTIONS]
+        if not args.reward or not args.images:
+            scoring.error(f"expected a reward of {', '.join(rewards.RFUNCTIONS)} and an image")
+    return args
 
 
 def list_rewards():
@@ -60,7 +67,7 @@ def list_rewards():
 
 
 def score(args):
-    """Score every picture with every reward; a reward's weights are freed before the next one's are loaded."""
+    """Score every picture with every reward; one reward's weights at a time are in memory."""
     files = find(args.images)
     if args.csv:
         check_writable(args.csv)
@@ -84,14 +91,16 @@ def find(paths):
     files = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
             if not inside:
-                raise rewards.RewardError(f"no pictures in the folder {path}: expected {', '.join(sorted(SUFFIXES))}")
+                raise rewards.RewardError(f"no pictures in the folder {path}: expected {', '.join(SUFFIXES)}")
             files += inside
         elif path.is_file():
             files.append(path)
         else:
-            raise rewards.RewardError(f"no such picture or folder: {path}")
+            raise rewards.RewardError(
+                f"{path} is no picture, no folder and no reward (see python -m rewards list)"
+            )
     return list(dict.fromkeys(files))
 
 
@@ -100,7 +109,7 @@ def read(file):
     try:
         pixels = np.array(Image.open(file).convert("RGB"), dtype=np.float32)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise rewards.RewardError(f"{file} cannot be read as a picture ({error}): remove it or save it again") from error
+        raise rewards.RewardError(f"{file} is no picture that can be read ({error}): leave it out") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
 
 
@@ -129,8 +138,9 @@ def show(table, names):
         rows.append(("mean", *(f"{mean:.4f}" for mean in means)))
     rows.insert(0, ("image", *names))
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for first, *others in rows:
-        print("  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]))
+    for file, *scores in rows:
+        cells = (score.rjust(width) for score, width in zip(scores, widths[1:]))
+        print("  ".join([file.ljust(widths[0]), *cells]))
 
 
 def write_csv(file, table, names, prompt):

@@ -6,8 +6,8 @@ import torch
 def is_differentiable(factory, loss_fn=None, prompt="", device=None):
     """Whether a gradient flows from the losses of `factory` to its images.
 
-    The factory's attribute `differentiable` decides. A factory without one is tried on a grey picture with a little
-    noise: a gradient that is missing or zero everywhere counts as none.
+    The factory's attribute `differentiable` decides. A factory without one is tried on one random picture; a
+    gradient that is missing or zero everywhere counts as none.
 
     loss_fn: what the factory returned, if it was called already; it is called here otherwise.
     """

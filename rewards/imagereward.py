@@ -1,7 +1,7 @@
 """ImageReward (Xu et al. 2023, arXiv 2304.05977) on transformers' BLIP, without its own package.
 
-The picture goes through a ViT, the prompt through a BERT that looks at the picture in every layer, and an MLP reads
-the reward off BERT's first token:
+The picture goes through a ViT, the prompt through a BERT that looks at the picture in every layer, and an MLP
+reads the reward off BERT's first token:
 
     reward = (mlp(bert(prompt | vit(image))[0]) - MEAN) / STD
 
@@ -113,8 +113,8 @@ def load(dtype, device):
         model = ImageReward(vision, text_config(path.parent / "med_config.json")).to(dtype)
     model.mlp.to(full(dtype))
     model = model.to_empty(device=device)
-    words = model.text.embeddings
-    words.position_ids = torch.arange(words.position_embeddings.num_embeddings, device=device)[None]  # not in the file
+    words = model.text.embeddings  # its positions are not in the file
+    words.position_ids = torch.arange(words.position_embeddings.num_embeddings, device=device)[None]
     weights.load_strict("imagereward", path, model, rename(state))
     weights.loaded("imagereward", path)
     return freeze(model, device), vision["image_size"]
@@ -150,7 +150,7 @@ def text_config(file):
 def rename(state):
     """The part of ImageReward.pt that the reward uses, under this module's names.
 
-    BLIP's projections to the contrastive space are in the file too and are left out, as is a buffer of positions.
+    Left out are BLIP's projections to its contrastive space and a buffer of positions.
     """
     renamed = {}
     for name, value in state.items():
@@ -170,23 +170,22 @@ def rename(state):
 def load_tokenizer(vocabulary):
     """BERT's tokenizer from its vocab.txt, beside the weights or wherever the row `bert` says.
 
-    vocabulary: number of words that the text encoder knows; two of the published 30524 are BLIP's own marks, which
-    a prompt never contains.
+    vocabulary: number of words that the text encoder knows; two of the published 30524 are BLIP's own marks,
+    which a prompt never contains.
     """
     from transformers import BertTokenizer
 
     beside = weights.locate("imagereward").parent / "vocab.txt"
     path = beside if beside.is_file() else weights.locate("bert")
     try:
-        with quiet():
-            tokenizer = BertTokenizer(vocab=str(path), do_lower_case=True)
-    except (OSError, ValueError, TypeError) as error:
+        words = set(path.read_text(encoding="utf-8").splitlines())
+    except ValueError as error:
         raise weights.unreadable("bert", path, error) from error
-    missing = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in tokenizer.get_vocab()]
-    if missing or len(tokenizer) > vocabulary:
+    if len(words) > vocabulary or not words.issuperset(("[PAD]", "[UNK]", "[CLS]", "[SEP]")):
         raise RewardError(
-            f"bert: {path} is not the vocabulary of ImageReward: it has {len(tokenizer)} words, expected at most "
+            f"bert: {path} is not the vocabulary of ImageReward: {len(words)} words, expected at most "
             f"{vocabulary} with [PAD], [UNK], [CLS] and [SEP]; {weights.again('bert')}"
         )
     weights.loaded("bert", path)
-    return tokenizer
+    with quiet():
+        return BertTokenizer(vocab=str(path), do_lower_case=True)

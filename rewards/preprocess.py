@@ -1,8 +1,8 @@
 """From DNO's images to a reward model's input: the only place that resizes, crops, pads and normalises.
 
-Images are (B, 3, H, W), nominally in [-1, 1] and unclamped. Everything here is differentiable and works in the
-images' own precision. Resizing is bicubic with antialiasing, in the convention of Pillow, with which all these
-models were trained; the rounding of a picture file to 256 levels is left out because it has no gradient.
+Images are (B, 3, H, W), nominally in [-1, 1] and unclamped. Everything here is differentiable and works in
+the images' own precision. Resizing is bicubic with antialiasing in Pillow's convention, with which all these
+models were trained; a picture file's rounding to 256 levels is left out because it has no gradient.
 """
 
 import math
@@ -34,7 +34,7 @@ def resize(pixels, height, width, mode="bicubic"):
 
 
 def short_side(pixels, size, mode="bicubic"):
-    """Shrink or enlarge until the shorter side is `size`; the longer is rounded down, as in torchvision's Resize."""
+    """Resize until the shorter side is `size`; the longer is rounded down, as in torchvision's Resize."""
     height, width = pixels.shape[-2:]
     scaled = (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
     return resize(pixels, *scaled, mode)
@@ -61,10 +61,11 @@ def pad(images, size):
 
 def reference(images, size):
     """The official DNO code's: bilinear, shorter side to `size`, no crop; so the images must be square."""
-    if images.shape[-1] != images.shape[-2]:
+    height, width = images.shape[-2:]
+    if height != width:
         raise RewardError(
-            f"--reward_preprocess reference needs square images, got {images.shape[-1]} x {images.shape[-2]}: "
-            "use --reward_preprocess own, which crops or pads"
+            f"--reward_preprocess reference got images of {width} x {height} and needs square ones: use own, "
+            "which crops or pads"
         )
     return short_side(to_unit(images), size, "bilinear")
 
@@ -72,10 +73,9 @@ def reference(images, size):
 def check(name, images, prompts):
     """The prompts as a list, one for each image; RewardError if the shapes or numbers do not fit."""
     if images.ndim != 4 or images.shape[1] != 3 or not torch.is_floating_point(images):
-        raise RewardError(
-            f"{name} got images of shape {tuple(images.shape)} in {images.dtype}: expected floats of shape (B, 3, H, W)"
-        )
+        got = f"{images.dtype} of shape {tuple(images.shape)}"
+        raise RewardError(f"{name} got images in {got}: expected floats of shape (B, 3, H, W)")
     prompts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
     if len(prompts) != len(images):
-        raise RewardError(f"{name} got {len(prompts)} prompts for {len(images)} images: expected one for each")
+        raise RewardError(f"{name} got {len(prompts)} prompts for {len(images)} images: expected as many")
     return prompts

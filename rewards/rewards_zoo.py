@@ -8,9 +8,9 @@ images: float32, (B, 3, H, W), nominally in [-1, 1] but *not* clamped, any size.
 prompts: one string an image.
 losses: float32, (B,), the negative of the reward (a scalar will do for a batch of one).
 
-A factory loads its weights when it is called, so importing this file loads nothing. Its attribute `differentiable`
-says whether a gradient flows from the losses to the images; a factory without one is tried out by
-`rewards.is_differentiable`. `inference_dtype` is the precision of the weights, float32 if None.
+A factory loads its weights when it is called, so importing this file loads nothing. Its attribute
+`differentiable` says whether a gradient flows from the losses to the images; a factory without one is tried
+out by `rewards.is_differentiable`. `inference_dtype` is the precision of the weights, float32 if None.
 """
 
 import io
@@ -32,7 +32,7 @@ def white_loss_fn(inference_dtype=None, device=None):
 
 
 def black_loss_fn(inference_dtype=None, device=None):
-    """Darkness: the reward is the negative mean of the image, in [-1, 1] (the official implementation's `black`)."""
+    """Darkness: minus the mean of the image, in [-1, 1] (the official implementation's `black`)."""
 
     def loss_fn(images, prompts):
         return images.mean(dim=(1, 2, 3))
@@ -75,13 +75,13 @@ def to_uint8(images):
     return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-# --- rewards with weights ------------------------------------------------------------------------------------------
+# --- rewards with weights -----------------------------------------------------------------------------------
 # What differs between them is here; how a tower is loaded and run is in towers.py, where weights are found in
 # weights.py. The libraries are imported when a factory is called: importing this file stays cheap.
 
 
 def aesthetic_loss_fn(inference_dtype=None, device=None):
-    """LAION aesthetic score: an MLP on the normalised CLIP ViT-L/14 image embedding, about 1 to 10; blind to the prompt.
+    """LAION aesthetic score, about 1 to 10: an MLP on the CLIP ViT-L/14 image embedding; blind to the prompt.
 
     Source: improved-aesthetic-predictor, head sac+logos+ava1-l14-linearMSE. Other heads have other scales.
     """
@@ -112,7 +112,10 @@ def clip_loss_fn(inference_dtype=None, device=None):
 
 
 def pick_loss_fn(inference_dtype=None, device=None):
-    """PickScore (Kirstain et al. 2023, arXiv 2305.01569): a CLIP ViT-H/14's logit scale times cosine, about 15 to 25."""
+    """PickScore, about 15 to 25: logit scale times cosine of a CLIP ViT-H/14.
+
+    Source: Kirstain et al. 2023, arXiv 2305.01569.
+    """
     from .towers import clip_loss
 
     return clip_loss("pick", "pick", inference_dtype, device, own=crop)
@@ -121,9 +124,9 @@ def pick_loss_fn(inference_dtype=None, device=None):
 def sprites_loss_fn(inference_dtype=None, device=None):
     """Agreement with the prompt in the eyes of the embedded model's CLIP: logit scale times cosine.
 
-    The softmax of this score over all captions is that CLIP's probability of a caption. The score itself is taken
-    because it needs no list of captions and its gradient does not vanish where the CLIP is already sure, or surely
-    against: a start from the wrong picture is as good as any.
+    The softmax of this score over all captions is that CLIP's probability of a caption. The score itself is
+    the reward because it needs no list of captions and its gradient does not vanish where that probability is
+    near 0 or 1: a start from the wrong picture is as good as any.
     """
     from .towers import clip_loss
 
@@ -131,7 +134,10 @@ def sprites_loss_fn(inference_dtype=None, device=None):
 
 
 def hps_loss_fn(inference_dtype=None, device=None):
-    """Human Preference Score v2.0 (Wu et al. 2023, arXiv 2306.09341): a CLIP ViT-H/14's cosine, about 0.2 to 0.35."""
+    """Human Preference Score v2.0, about 0.2 to 0.35: the cosine of a CLIP ViT-H/14.
+
+    Source: Wu et al. 2023, arXiv 2306.09341.
+    """
     from .towers import hps_loss
 
     return hps_loss("hps", "hps", inference_dtype, device, own=pad)
@@ -145,12 +151,17 @@ def hps_v21_loss_fn(inference_dtype=None, device=None):
 
 
 def imagereward_loss_fn(inference_dtype=None, device=None):
-    """ImageReward (Xu et al. 2023, arXiv 2304.05977), about -2 to 2; 0 is the average of its training pictures."""
+    """ImageReward, about -2 to 2: a BLIP's; 0 is the average of its training pictures.
+
+    Source: Xu et al. 2023, arXiv 2304.05977.
+    """
     from .imagereward import imagereward_loss
 
     return imagereward_loss(inference_dtype, device)
 
 
-for _factory in (white_loss_fn, black_loss_fn, contrast_loss_fn, aesthetic_loss_fn, clip_loss_fn, pick_loss_fn,
-                 sprites_loss_fn, hps_loss_fn, hps_v21_loss_fn, imagereward_loss_fn):  # fmt: skip
+for _factory in (
+    *(white_loss_fn, black_loss_fn, contrast_loss_fn, aesthetic_loss_fn, hps_loss_fn, hps_v21_loss_fn),
+    *(pick_loss_fn, clip_loss_fn, imagereward_loss_fn, sprites_loss_fn),
+):
     _factory.differentiable = True

@@ -1,12 +1,11 @@
 """The networks behind the rewards: an image tower with a gradient, a text tower whose work is remembered.
 
-Weights are frozen, in eval mode and in the precision asked for. What leaves a tower is float32 (float64 where the
-weights are), so norms, cosines and losses never run below it.
+Weights are frozen, in eval mode and in the precision asked for. What leaves a tower is float32 (float64 where
+the weights are), so norms, cosines and losses never run below it.
 """
 
 import json
 import logging
-import pickle
 import warnings
 from contextlib import contextmanager
 from functools import partial
@@ -42,10 +41,10 @@ def checkpoint_blocks(blocks):
 
 
 class LinearHead(nn.Module):
-    """Embeddings (B, width) -> scores (B,) through 1024, 128, 64 and 16 units: the head of `aesthetic` and ImageReward.
+    """Embeddings (B, width) -> scores (B,): the head of `aesthetic` and of ImageReward.
 
-    The published heads have no activations. They were trained with dropout, which is off in use and stands here
-    because it counts in the names of the weights: layers.0, .2, .4, .6 and .7.
+    The published heads have no activations. They were trained with dropout, which is off in use and stands
+    here because it counts in the names of the weights: layers.0, .2, .4, .6 and .7.
     """
 
     def __init__(self, width):
@@ -68,9 +67,9 @@ class LinearHead(nn.Module):
 class Prompts:
     """Embeddings of prompts, each computed once.
 
-    load: loads the text tower and returns it as a function, prompt -> tensor. The tower is kept until the first
-    prompts are embedded and is then freed: a run has one prompt, and a text tower is hundreds of megabytes. New
-    prompts bring it back, and then it stays.
+    load: loads the text tower and returns it as a function, prompt -> tensor. The tower is kept until the
+    first prompts are embedded and is then freed: a run has one prompt, and a text tower is hundreds of
+    megabytes. New prompts bring it back, and then it stays.
     """
 
     def __init__(self, load, tower):
@@ -111,12 +110,12 @@ def prepared(own, size, mean=CLIP_MEAN, std=CLIP_STD, official=True):
     return lambda images: normalize(chosen(images, size), mean, std)
 
 
-# --- CLIP in transformers' format -----------------------------------------------------------------------------
+# --- CLIP in transformers' format ---------------------------------------------------------------------------
 
 
 @contextmanager
 def quiet():
-    """Keep transformers from printing bars and tables while it loads: what is wrong becomes one error instead."""
+    """Keep transformers from printing bars and tables while it loads: what is wrong becomes one error."""
     import transformers
 
     level, bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
@@ -135,7 +134,6 @@ def load_clip(key, dtype, device):
 
     Raises RewardError if the weights are damaged or do not fill a CLIPModel exactly.
     """
-    from safetensors import SafetensorError
     from transformers import CLIPModel
 
     folder = weights.locate(key)
@@ -143,19 +141,17 @@ def load_clip(key, dtype, device):
         with quiet():
             config = json.loads((folder / "config.json").read_text())
             if config.get("model_type") != "clip":
-                raise RewardError(
-                    f"{key}: {folder}/config.json describes {config.get('model_type')!r}, expected model_type clip; "
-                    f"{weights.again(key)}"
+                raise another_architecture(
+                    key, folder, f"{config.get('model_type')} in config.json, not clip"
                 )
-            model, report = CLIPModel.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+            model, report = CLIPModel.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
     except RewardError:
         raise
-    except RuntimeError as error:
+    except Exception as error:  # a damaged file makes the libraries below raise anything at all
         if "mismatch" in str(error):
-            raise another_architecture(key, folder, "tensors of another shape than config.json says") from error
-        raise weights.unreadable(key, folder, error) from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError,
-            SafetensorError) as error:  # fmt: skip
+            raise another_architecture(key, folder, "shapes differ from config.json") from error
         raise weights.unreadable(key, folder, error) from error
     wrong = [f"{len(report[kind])} {kind.replace('_', ' ')} (first: {min(report[kind])})"
              for kind in ("missing_keys", "unexpected_keys") if report[kind]]  # fmt: skip
@@ -166,14 +162,14 @@ def load_clip(key, dtype, device):
 
 
 def another_architecture(key, folder, what):
-    return RewardError(f"{key}: the weights in {folder} have another architecture: {what}; {weights.again(key)}")
+    return RewardError(f"{key}: weights in {folder} have another architecture: {what}; {weights.again(key)}")
 
 
 def clip_image_tower(key, model, folder, dtype, own, official=True):
     """images -> normalised embeddings (B, D). own: the preprocessing, see `prepared`."""
     vision, projection = model.vision_model, model.visual_projection
     checkpoint_blocks(vision.encoder.layers)
-    statistics = read_statistics(folder)
+    statistics = read_statistics(key, folder)
     prepare = prepared(own, model.config.vision_config.image_size, *statistics, official)
     device = projection.weight.device
 
@@ -185,17 +181,20 @@ def clip_image_tower(key, model, folder, dtype, own, official=True):
     return embed
 
 
-def read_statistics(folder):
+def read_statistics(key, folder):
     """Mean and standard deviation of the pixels from preprocessor_config.json, CLIP's if there is none."""
     file = folder / "preprocessor_config.json"
-    found = json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        found = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise weights.unreadable(key, file, error) from error
     return found.get("image_mean", CLIP_MEAN), found.get("image_std", CLIP_STD)
 
 
 def clip_text_tower(key, model, folder, dtype):
     """prompt -> normalised embedding (D,)."""
     text, projection = model.text_model, model.text_projection
-    tokenize = clip_tokenizer(key, folder, model.config.text_config.max_position_embeddings)
+    tokenize = clip_tokenizer(key, folder, model.config.text_config)
     device = projection.weight.device
 
     def embed(prompt):
@@ -205,15 +204,14 @@ def clip_text_tower(key, model, folder, dtype):
     return embed
 
 
-def clip_tokenizer(key, folder, length):
-    """prompt -> token ids (1, at most `length`), from the folder's own tokenizer, else CLIP's as open_clip ships it.
+def clip_tokenizer(key, folder, config):
+    """prompt -> token ids (1, L), at most as many as the model reads.
 
-    CLIP's text tower is causal and reads its result at the end token, so no padding is needed.
+    The tokenizer is the folder's own, or CLIP's as open_clip ships it if the folder has none. CLIP's text tower is causal and reads its result at the end token, so no padding is needed.
     """
+    length = config.max_position_embeddings
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        from open_clip import SimpleTokenizer
-
-        own = SimpleTokenizer(context_length=length)
+        own = import_open_clip().SimpleTokenizer(context_length=length)
 
         def tokenize(prompt):
             ids = own([prompt])  # (1, length), zeros after the end token
@@ -224,8 +222,15 @@ def clip_tokenizer(key, folder, length):
 
     from transformers import CLIPTokenizer
 
-    with quiet():
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        with quiet():
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # likewise
+        raise weights.unreadable(key, f"the tokenizer in {folder}", error) from error
+    if len(tokenizer) > config.vocab_size:
+        raise another_architecture(
+            key, folder, f"the tokenizer has {len(tokenizer)} words, the model {config.vocab_size}"
+        )
 
     def tokenize(prompt):
         with quiet():
@@ -239,7 +244,7 @@ def clip_tokenizer(key, folder, length):
 def warn_if_cut(key, prompt, tokens, limit):
     if tokens > limit:
         warnings.warn(
-            f"{key} reads {limit} tokens and this prompt has {tokens}: its end is not seen: {prompt!r}", stacklevel=2
+            f"{key} reads {limit} of {tokens} tokens, not the end of this prompt: {prompt!r}", stacklevel=2
         )
 
 
@@ -257,13 +262,22 @@ def clip_loss(name, key, dtype, device, own, official=True):
     return similarity_loss(name, image_tower, prompts, scale)
 
 
-# --- CLIP in open_clip's format -------------------------------------------------------------------------------
+def import_open_clip():
+    try:
+        import open_clip
+    except ImportError as error:
+        raise RewardError(
+            f"this reward needs open_clip ({weights.brief(error)}): pip install open_clip_torch"
+        ) from error
+    return open_clip
+
+
+# --- CLIP in open_clip's format -----------------------------------------------------------------------------
 
 
 def load_open_clip(key, dtype, device):
     """The open_clip model of the HPS checkpoints, from a pickled state dict."""
-    import open_clip
-
+    open_clip = import_open_clip()
     architecture = weights.settings().hps_architecture
     path = weights.locate(key)
     state = weights.read_pickle(key, path)
@@ -271,7 +285,8 @@ def load_open_clip(key, dtype, device):
         model = open_clip.CLIP(**open_clip.get_model_config(architecture)).to(dtype)
     model = model.to_empty(device=device)
     length = model.context_length
-    model.attn_mask = torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu(1)  # not in the file
+    causal = torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu(1)
+    model.attn_mask = causal  # not in the file
     weights.load_strict(key, path, model, state)
     weights.loaded(key, path)
     return freeze(model, device), open_clip.get_tokenizer(architecture)
@@ -285,7 +300,8 @@ def hps_loss(name, key, dtype, device, own):
     def text_tower(model):
         def embed(prompt):
             warn_if_cut(key, prompt, len(tokenizer.encode(prompt)) + 2, tokenizer.context_length)
-            return F.normalize(model.encode_text(tokenizer([prompt]).to(device))[0].to(full(dtype)), dim=0)  # (D,)
+            features = model.encode_text(tokenizer([prompt]).to(device))[0]  # (D,)
+            return F.normalize(features.to(full(dtype)), dim=0)
 
         return embed
 

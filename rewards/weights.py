@@ -1,8 +1,9 @@
 """Where the weights of the rewards come from, and the settings that hold for all rewards.
 
 Each model is one row of `MODELS`: its hub repository, its files, and from these a flag (`--hps_path`) and an
-environment variable (`DNO_HPS_PATH`) that name a local copy. A path that was configured wins over the environment
-variable, and that over the hub. The command line generates its flags and their help from the same table:
+environment variable (`DNO_HPS_PATH`) that name a local copy. A path that was configured wins over the
+environment variable, and that over the hub. The command line generates its flags and their help from the same
+table:
 
     rewards.add_arguments(parser)
     args = parser.parse_args()
@@ -23,7 +24,7 @@ import torch
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROOT = Path(__file__).parent.parent
 CLIP_FILES = ("config.json", "model.safetensors")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+CLIP_ALSO = ("preprocessor_config.json", "tokenizer*.json", "vocab.json", "merges.txt")
 
 
 class RewardError(ValueError):
@@ -80,15 +81,15 @@ class Model:
 MODELS = {
     model.key: model
     for model in (
-        Model("clip", "CLIP of `clip` and `aesthetic`", "openai/clip-vit-large-patch14", CLIP_FILES, TOKENIZER_FILES),
-        Model("aesthetic", "head of `aesthetic`", "trl-lib/ddpo-aesthetic-predictor", ("aesthetic-model.pth",),
-              aliases=("sac+logos+ava1-l14-linearMSE.pth",)),
+        Model("clip", "CLIP of `clip`, `aesthetic`", "openai/clip-vit-large-patch14", CLIP_FILES, CLIP_ALSO),
+        Model("aesthetic", "head of `aesthetic`", "trl-lib/ddpo-aesthetic-predictor",
+              ("aesthetic-model.pth",), aliases=("sac+logos+ava1-l14-linearMSE.pth",)),
         Model("hps", "HPS v2.0", "xswu/HPSv2", ("HPS_v2_compressed.pt",)),
         Model("hps_v2.1", "HPS v2.1", "xswu/HPSv2", ("HPS_v2.1_compressed.pt",)),
-        Model("pick", "PickScore", "yuvalkirstain/PickScore_v1", CLIP_FILES, TOKENIZER_FILES),
+        Model("pick", "PickScore", "yuvalkirstain/PickScore_v1", CLIP_FILES, CLIP_ALSO),
         Model("imagereward", "ImageReward", "THUDM/ImageReward", ("ImageReward.pt",), ("med_config.json",)),
         Model("bert", "tokenizer of `imagereward`", "google-bert/bert-base-uncased", ("vocab.txt",)),
-        Model("sprites", "CLIP of the embedded model", None, CLIP_FILES, TOKENIZER_FILES, folder=ROOT / "sprites/clip"),
+        Model("sprites", "the embedded CLIP", None, CLIP_FILES, CLIP_ALSO, folder=ROOT / "sprites" / "clip"),
     )
 }  # fmt: skip
 
@@ -122,7 +123,8 @@ def settings():
 def configure(preprocess="own", checkpointing=False, hps_architecture="ViT-H-14", **paths):
     """Replace all settings at once; what is not given goes back to its default, so `configure()` resets.
 
-    paths: `<model>_path` for any row of `MODELS`; None or "" leaves it to the environment variable or the hub.
+    paths: `<model>_path` for any row of `MODELS`; None or "" leaves it to the environment variable or the
+    hub.
     Raises RewardError for an unknown name or mode.
     """
     global _settings
@@ -143,10 +145,10 @@ def add_arguments(parser):
     group.add_argument("--reward_precision", choices=PRECISIONS, default="fp32",
                        help="precision of the reward models' weights (default: %(default)s)")  # fmt: skip
     group.add_argument("--reward_preprocess", choices=("own", "reference"), default="own",
-                       help="own: resize, crop or pad as each reward model does; reference: as the official DNO code "
-                       "does (default: %(default)s)")  # fmt: skip
+                       help="own: resize, crop or pad as each reward model does; reference: as the official "
+                       "DNO code does (default: %(default)s)")  # fmt: skip
     group.add_argument("--reward_checkpointing", action="store_true",
-                       help="less memory, more time: recompute a reward's activations in the backward pass")  # fmt: skip
+                       help="less memory, more time: recompute activations on the way back")  # fmt: skip
     for model in MODELS.values():
         group.add_argument(f"--{model.setting}", metavar="PATH", help=model.help)
 
@@ -157,7 +159,7 @@ def configure_from(args):
     configure(preprocess=args.reward_preprocess, checkpointing=args.reward_checkpointing, **paths)
 
 
-# --- finding --------------------------------------------------------------------------------------------------
+# --- finding ------------------------------------------------------------------------------------------------
 
 
 def locate(key):
@@ -188,7 +190,8 @@ def check_local(model, path, source):
             missing = []
     if missing:
         raise RewardError(
-            f"{model.key}: {' and '.join(missing)} not found at {path} (given by {source}); fetch with `{model.fetch}`"
+            f"{model.key}: {' and '.join(missing)} not found at {path} (given by {source}); "
+            f"fetch with `{model.fetch}`"
             + (f" and pass --{model.setting} weights/{model.key}" if model.repo else "")
         )
     return path
@@ -201,18 +204,22 @@ def from_hub(model):
     wanted = [*model.files, *model.also]
     for offline in (True, False):
         try:
-            folder = Path(huggingface_hub.snapshot_download(model.repo, allow_patterns=wanted, local_files_only=offline))
+            folder = huggingface_hub.snapshot_download(
+                model.repo, allow_patterns=wanted, local_files_only=offline
+            )
         except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
             reason = error
             continue
+        folder = Path(folder)
         missing = [name for name in model.files if not (folder / name).is_file()]
         if not missing:
             return folder / model.files[0] if len(model.files) == 1 else folder
         reason = f"the repository has no {' and '.join(missing)}"
     raise RewardError(
         f"{model.key}: {' and '.join(model.files)} of {model.repo} is not in the hub's cache "
-        f"({huggingface_hub.constants.HF_HUB_CACHE}) and cannot be downloaded ({brief(reason)}); with a network run "
-        f"`{model.fetch}`, then pass --{model.setting} weights/{model.key} or set {model.variable}"
+        f"({huggingface_hub.constants.HF_HUB_CACHE}) and cannot be downloaded ({brief(reason)}); "
+        f"with a network run `{model.fetch}`, then pass --{model.setting} weights/{model.key} "
+        f"or set {model.variable}"
     )
 
 
@@ -222,13 +229,14 @@ def brief(error, limit=120):
     return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " ..."
 
 
-# --- reading --------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 def read_pickle(key, path):
     """A state dict saved with torch.save, read without running any code in it.
 
-    Raises RewardError if the file is damaged, holds anything but tensors in plain containers, or is no state dict.
+    Raises RewardError if the file is damaged, holds anything but tensors in plain containers, or is no state
+    dict.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
@@ -237,7 +245,8 @@ def read_pickle(key, path):
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise RewardError(f"{key}: {path} holds {type(state).__name__}, expected a state dict of tensors; {again(key)}")
+        got = type(state).__name__
+        raise RewardError(f"{key}: {path} holds a {got}, expected a state dict of tensors; {again(key)}")
     return state
 
 
@@ -246,10 +255,12 @@ def unreadable(key, path, error):
     text = str(error)
     if "weights_only" in text or "Weights only" in text or "Unsupported" in text:
         return RewardError(
-            f"{key}: {path} is not a plain weights file and was not run: it is damaged, or its pickle holds more than "
-            f"tensors; {again(key)}"
+            f"{key}: {path} is not a plain weights file and was not run: it is damaged, or its pickle holds "
+            f"more than tensors; {again(key)}"
         )
-    return RewardError(f"{key}: {path} cannot be read, it is damaged or incomplete ({brief(text)}); {again(key)}")
+    return RewardError(
+        f"{key}: {path} cannot be read, it is damaged or cut off ({brief(text)}); {again(key)}"
+    )
 
 
 def again(key):
@@ -258,12 +269,14 @@ def again(key):
 
 
 def load_strict(key, path, module, state):
-    """Copy `state` into `module`; every name and shape must agree, else RewardError names the first that does not."""
+    """Copy `state` into `module`; every name and shape must agree, else RewardError names the first."""
     expected = module.state_dict()
     report = []
-    for names, word in ((expected.keys() - state.keys(), "missing"), (state.keys() - expected.keys(), "unexpected")):
-        if names:
-            report.append(f"{len(names)} {word} (first: {min(names)})")
+    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
+    if missing:
+        report.append(f"{len(missing)} missing (first: {min(missing)})")
+    if unexpected:
+        report.append(f"{len(unexpected)} unexpected (first: {min(unexpected)})")
     for name in sorted(expected.keys() & state.keys()):
         if expected[name].shape != state[name].shape:
             got, wanted = tuple(state[name].shape), tuple(expected[name].shape)
@@ -302,5 +315,8 @@ def sha256(path):
     mark = (str(path), stat.st_size, stat.st_mtime_ns)
     if mark not in _hashes:
         with open(path, "rb") as file:
-            _hashes[mark] = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.sha256()
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+        _hashes[mark] = digest.hexdigest()
     return _hashes[mark]
