@@ -15,7 +15,17 @@ from torch import nn
 
 from . import weights
 from .preprocess import check, crop
-from .towers import LinearHead, Prompts, checkpoint_blocks, freeze, full, prepared, quiet, warn_if_cut
+from .towers import (
+    LinearHead,
+    Prompts,
+    checkpoint_blocks,
+    freeze,
+    full,
+    prepared,
+    quiet,
+    through,
+    warn_if_cut,
+)
 from .weights import RewardError
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -48,7 +58,7 @@ VISION_NAMES = (
 
 
 class ImageReward(nn.Module):
-    """Pixels (B, 3, S, S) and token ids (B, L) with their mask -> rewards (B,).
+    """Two encoders and an MLP; `imagereward_loss` runs the three.
 
     vision, text: settings of the BlipVisionConfig and the BlipTextConfig.
     """
@@ -65,11 +75,11 @@ class ImageReward(nn.Module):
         self.text = BlipTextModel(config, add_pooling_layer=False)
         self.mlp = LinearHead(text["hidden_size"])
 
-    def forward(self, pixels, ids, mask):
+    def encode(self, pixels, ids, mask):
+        """Pixels (B, 3, S, S) and token ids (B, L) with their mask -> the first token's features (B, D)."""
         seen = self.vision(pixels).last_hidden_state  # (B, 1 + patches, D)
-        read = self.text(ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state  # (B, L, D')
-        # The published model runs its MLP in float32 whatever the rest is in.
-        return (self.mlp(read[:, 0].to(full(read.dtype))) - MEAN) / STD
+        read = self.text(ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state  # (B, L, D)
+        return read[:, 0]
 
 
 def imagereward_loss(dtype, device):
@@ -92,8 +102,10 @@ def imagereward_loss(dtype, device):
 
     def loss_fn(images, prompts):
         ids, mask = prompt_tokens(check("imagereward", images, prompts)).unbind(1)  # (B, 35) each
-        pixels = prepare(images.to(device, full(dtype))).to(dtype)
-        return -model(pixels, ids, mask).to(images.device)
+        pixels = prepare(images.to(device, full(dtype)))
+        features = through(lambda pixels: model.encode(pixels, ids, mask), pixels, dtype)
+        # As published, the MLP runs in float32 whatever the encoders are in.
+        return -((model.mlp(features) - MEAN) / STD).to(images.device)
 
     return loss_fn
 

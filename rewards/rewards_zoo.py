@@ -88,7 +88,8 @@ def aesthetic_loss_fn(inference_dtype=None, device=None):
     from . import towers, weights
 
     dtype, device = inference_dtype or torch.float32, device or "cpu"
-    clip, folder = towers.load_clip("clip", dtype, device)
+    folder = weights.locate("clip")
+    clip = towers.load_clip("clip", folder, dtype, device)
     embed = towers.clip_image_tower("clip", clip, folder, dtype, own=partial(crop, place=round))
     path = weights.locate("aesthetic")
     state = weights.read_pickle("aesthetic", path)

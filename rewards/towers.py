@@ -40,6 +40,26 @@ def checkpoint_blocks(blocks):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def through(tower, pixels, dtype):
+    """tower(pixels) with the tower in `dtype` and float32 outside; pixels (B, 3, S, S) -> features (B, D).
+
+    In float16 the gradient of one pixel would round to zero on its way back. It is therefore scaled to a
+    largest element of 1 for each image where it enters the tower, and scaled back where it leaves.
+    """
+    features = tower(pixels.to(dtype)).to(full(dtype))
+    if dtype == torch.float16 and features.requires_grad:
+        size = None
+
+        def enter(gradient):
+            nonlocal size
+            size = gradient.abs().amax(dim=1).clamp(min=torch.finfo(gradient.dtype).tiny)  # (B,)
+            return gradient / size[:, None]
+
+        features.register_hook(enter)
+        pixels.register_hook(lambda gradient: gradient * size[:, None, None, None])
+    return features
+
+
 class LinearHead(nn.Module):
     """Embeddings (B, width) -> scores (B,): the head of `aesthetic` and of ImageReward.
 
@@ -129,14 +149,10 @@ def quiet():
             transformers.logging.enable_progress_bar()
 
 
-def load_clip(key, dtype, device):
-    """The CLIPModel in the folder of `key`, and that folder.
-
-    Raises RewardError if the weights are damaged or do not fill a CLIPModel exactly.
-    """
+def load_clip(key, folder, dtype, device):
+    """The CLIPModel in a folder; RewardError if its weights are damaged or do not fill it exactly."""
     from transformers import CLIPModel
 
-    folder = weights.locate(key)
     try:
         with quiet():
             config = json.loads((folder / "config.json").read_text())
@@ -158,7 +174,7 @@ def load_clip(key, dtype, device):
     if wrong:
         raise another_architecture(key, folder, "; ".join(wrong))
     weights.loaded(key, folder)
-    return freeze(model, device), folder
+    return freeze(model, device)
 
 
 def another_architecture(key, folder, what):
@@ -173,12 +189,10 @@ def clip_image_tower(key, model, folder, dtype, own, official=True):
     prepare = prepared(own, model.config.vision_config.image_size, *statistics, official)
     device = projection.weight.device
 
-    def embed(images):
-        pixels = prepare(images.to(device, full(dtype))).to(dtype)
-        features = projection(vision(pixel_values=pixels).pooler_output)  # (B, D)
-        return F.normalize(features.to(full(dtype)), dim=1)
+    def tower(pixels):
+        return projection(vision(pixel_values=pixels).pooler_output)
 
-    return embed
+    return lambda images: F.normalize(through(tower, prepare(images.to(device, full(dtype))), dtype), dim=1)
 
 
 def read_statistics(key, folder):
@@ -207,7 +221,8 @@ def clip_text_tower(key, model, folder, dtype):
 def clip_tokenizer(key, folder, config):
     """prompt -> token ids (1, L), at most as many as the model reads.
 
-    The tokenizer is the folder's own, or CLIP's as open_clip ships it if the folder has none. CLIP's text tower is causal and reads its result at the end token, so no padding is needed.
+    The tokenizer is the folder's own, or CLIP's as open_clip ships it if the folder has none. CLIP's text
+    tower is causal and reads its result at the end token, so no padding is needed.
     """
     length = config.max_position_embeddings
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
@@ -250,16 +265,19 @@ def warn_if_cut(key, prompt, tokens, limit):
 
 def clip_loss(name, key, dtype, device, own, official=True):
     """Loss of a CLIPModel's agreement between image and prompt: minus logit scale times cosine."""
-    dtype, device = dtype or torch.float32, device or "cpu"
-    model, folder = load_clip(key, dtype, device)
+    dtype, device, folder = dtype or torch.float32, device or "cpu", weights.locate(key)
+    model = load_clip(key, folder, dtype, device)
     scale = model.logit_scale.to(full(dtype)).exp()
     image_tower = clip_image_tower(key, model, folder, dtype, own, official)
 
     def load_text():
-        return clip_text_tower(key, load_clip(key, dtype, device)[0], folder, dtype)
+        return clip_text_tower(key, load_clip(key, folder, dtype, device), folder, dtype)
 
     prompts = Prompts(load_text, clip_text_tower(key, model, folder, dtype))
     return similarity_loss(name, image_tower, prompts, scale)
+
+
+# --- CLIP in open_clip's format -----------------------------------------------------------------------------
 
 
 def import_open_clip():
@@ -272,30 +290,27 @@ def import_open_clip():
     return open_clip
 
 
-# --- CLIP in open_clip's format -----------------------------------------------------------------------------
-
-
-def load_open_clip(key, dtype, device):
-    """The open_clip model of the HPS checkpoints, from a pickled state dict."""
+def load_open_clip(key, path, architecture, dtype, device):
+    """An open_clip model from a pickled state dict."""
     open_clip = import_open_clip()
-    architecture = weights.settings().hps_architecture
-    path = weights.locate(key)
     state = weights.read_pickle(key, path)
     with torch.device("meta"):  # no time spent on drawing weights that are replaced
         model = open_clip.CLIP(**open_clip.get_model_config(architecture)).to(dtype)
     model = model.to_empty(device=device)
     length = model.context_length
-    causal = torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu(1)
-    model.attn_mask = causal  # not in the file
+    # The causal mask is not in the file.
+    model.attn_mask = torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu(1)
     weights.load_strict(key, path, model, state)
     weights.loaded(key, path)
-    return freeze(model, device), open_clip.get_tokenizer(architecture)
+    return freeze(model, device)
 
 
 def hps_loss(name, key, dtype, device, own):
     """Loss of HPS v2: minus the cosine between image and prompt."""
     dtype, device = dtype or torch.float32, device or "cpu"
-    model, tokenizer = load_open_clip(key, dtype, device)
+    path, architecture = weights.locate(key), weights.settings().hps_architecture
+    model = load_open_clip(key, path, architecture, dtype, device)
+    tokenizer = import_open_clip().get_tokenizer(architecture)
 
     def text_tower(model):
         def embed(prompt):
@@ -310,11 +325,10 @@ def hps_loss(name, key, dtype, device, own):
     prepare = prepared(own, visual.image_size[0])
 
     def embed_images(images):
-        pixels = prepare(images.to(device, full(dtype))).to(dtype)
-        return F.normalize(visual(pixels).to(full(dtype)), dim=1)  # (B, D)
+        return F.normalize(through(visual, prepare(images.to(device, full(dtype))), dtype), dim=1)  # (B, D)
 
     def load_text():
-        return text_tower(load_open_clip(key, dtype, device)[0])
+        return text_tower(load_open_clip(key, path, architecture, dtype, device))
 
     prompts = Prompts(load_text, text_tower(model))
     return similarity_loss(name, embed_images, prompts, 1)

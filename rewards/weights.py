@@ -207,7 +207,7 @@ def from_hub(model):
             folder = huggingface_hub.snapshot_download(
                 model.repo, allow_patterns=wanted, local_files_only=offline
             )
-        except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        except Exception as error:  # a network can fail in any way
             reason = error
             continue
         folder = Path(folder)

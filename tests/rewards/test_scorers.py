@@ -198,6 +198,18 @@ def test_half_precision_is_close_to_single(name, dtype, configure, pictures):
 
 
 @pytest.mark.parametrize("name", WEIGHTED)
+def test_small_gradients_survive_float16(name, configure, pictures):
+    """A weight of 1e-5 on the loss, as in a mean over many samples, costs no precision."""
+    images, prompts = pictures(2, 96, 96), ["red car", "white duck"]
+    _, expected = value_and_gradient(build(name), images, prompts)
+    loss_fn = build(name, torch.float16)
+    _, gradient = value_and_gradient(lambda *given: 1e-5 * loss_fn(*given), images, prompts)
+    for i in range(2):
+        assert F.cosine_similarity(gradient[i].flatten(), expected[i].flatten(), dim=0) > 0.98
+        torch.testing.assert_close(gradient[i].norm() * 1e5, expected[i].norm(), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
 def test_checkpointing_changes_memory_and_nothing_else(name, configure, pictures):
     def kept(loss_fn):
         """The result, and how many tensors the forward pass keeps for the backward pass."""

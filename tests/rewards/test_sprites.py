@@ -35,7 +35,7 @@ def probability(score, image, prompt):
 
 def test_a_picture_agrees_most_with_its_own_caption(score):
     captions = [caption(*pair) for pair in PAIRS]
-    right, asked = 0, range(0, len(PAIRS), 7)  # every colour and every thing once, and one more
+    right, asked = 0, range(0, len(PAIRS), 7)  # every colour and every thing
     for i in asked:
         colour, thing = PAIRS[i]
         with torch.no_grad():

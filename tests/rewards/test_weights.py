@@ -45,8 +45,15 @@ def copy(
     imagereward_folder,
 ):
     """copy(name): a private copy of a reward's weights, configured; returns the file to spoil."""
-    sources = {"clip": clip_folder, "pick": pick_folder, "sprites": sprites_folder, "hps": hps_file,
-               "hps_v2.1": hps_file, "aesthetic": aesthetic_file, "imagereward": imagereward_folder}  # fmt: skip
+    sources = {
+        "clip": clip_folder,
+        "pick": pick_folder,
+        "sprites": sprites_folder,
+        "hps": hps_file,
+        "hps_v2.1": hps_file,
+        "aesthetic": aesthetic_file,
+        "imagereward": imagereward_folder,
+    }
 
     def make(name):
         source = sources[name]
