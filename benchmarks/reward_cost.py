@@ -9,14 +9,14 @@ published layout (up to 4 GB, removed at the end) and loaded through the public 
 ones do. Each reward runs in its own process. The columns:
 
     load       seconds to build the reward from files that are in the disk cache
-    weights    memory the reward holds after the first prompt, its text tower freed; on a CPU that counts the
-               pages of a weights file that the system can take back, so the text tower may still show
+    weights    the tensors that the reward holds after the first prompt, its text tower freed
     forward    seconds from images to losses, the prompt known (the median of --repeats)
     backward   seconds from losses to the images' gradient
     peak       memory that a forward and backward pass needs on top
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import multiprocessing
@@ -60,7 +60,12 @@ def main():
     context = multiprocessing.get_context("spawn")
     for name in args.reward:
         with tempfile.TemporaryDirectory(prefix="reward-cost-") as folder, context.Pool(1) as pool:
-            for row in pool.apply(measure, (name, args, Path(folder))):
+            try:
+                rows = pool.apply(measure, (name, args, Path(folder)))
+            except rewards.RewardError as error:
+                print(f"{name:12} left out: {error}", flush=True)
+                continue
+            for row in rows:
                 results.append(row)
                 print(ROW.format(**row), flush=True)
     if args.json:
@@ -94,15 +99,12 @@ def measure(name, args, folder):
             write_random(key, folder / key)
             setattr(args, model.setting, folder / key)
     rewards.configure_from(args)
-    gc.collect()
-    before = memory(args.device)
     start = time.perf_counter()
     loss_fn = rewards.RFUNCTIONS[name](rewards.PRECISIONS[args.reward_precision], args.device)
     load = time.perf_counter() - start
     with torch.no_grad():
         loss_fn(torch.zeros(1, 3, 64, 64, device=args.device), [PROMPT])
-    gc.collect()
-    weights = memory(args.device)
+    weights = tensors()
     rows = []
     for px in args.sizes:
         forward, backward, peak = [], [], 0
@@ -118,7 +120,7 @@ def measure(name, args, folder):
             forward.append(middle - start)
             backward.append(end - middle)
             peak = max(peak, memory(args.device, peak=True) - rest)
-        rows.append({"reward": name, "px": px, "load": load, "weights": (weights - before) / 1e9,
+        rows.append({"reward": name, "px": px, "load": load, "weights": weights / 1e9,
                      "forward": statistics.median(forward), "backward": statistics.median(backward),
                      "peak": peak / 1e9, "precision": args.reward_precision, "batch": args.batch,
                      "checkpointing": args.reward_checkpointing})  # fmt: skip
@@ -129,6 +131,13 @@ def clock(device):
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def tensors():
+    """Bytes of all live tensors."""
+    gc.collect()
+    found = (t for t in gc.get_objects() if issubclass(type(t), torch.Tensor))
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in found}.values())
 
 
 def memory(device, peak=False):
@@ -143,6 +152,7 @@ def reset_peak(device):
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that is kept for later would hide the peak
         Path("/proc/self/clear_refs").write_text("5")
 
 

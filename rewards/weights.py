@@ -123,8 +123,7 @@ def settings():
 def configure(preprocess="own", checkpointing=False, hps_architecture="ViT-H-14", **paths):
     """Replace all settings at once; what is not given goes back to its default, so `configure()` resets.
 
-    paths: `<model>_path` for any row of `MODELS`; None or "" leaves it to the environment variable or the
-    hub.
+    paths: `<model>_path` for any row of `MODELS`; None or "" leaves it to environment and hub.
     Raises RewardError for an unknown name or mode.
     """
     global _settings
@@ -145,8 +144,8 @@ def add_arguments(parser):
     group.add_argument("--reward_precision", choices=PRECISIONS, default="fp32",
                        help="precision of the reward models' weights (default: %(default)s)")  # fmt: skip
     group.add_argument("--reward_preprocess", choices=("own", "reference"), default="own",
-                       help="own: resize, crop or pad as each reward model does; reference: as the official "
-                       "DNO code does (default: %(default)s)")  # fmt: skip
+                       help="own: resize, crop or pad as each reward model does; reference: aesthetic, hps "
+                       "and pick as in the official DNO code (default: %(default)s)")  # fmt: skip
     group.add_argument("--reward_checkpointing", action="store_true",
                        help="less memory, more time: recompute activations on the way back")  # fmt: skip
     for model in MODELS.values():
@@ -169,16 +168,16 @@ def locate(key):
     """
     model = MODELS[key]
     if model.setting in _settings.paths:
-        return check_local(model, _settings.paths[model.setting], f"--{model.setting}")
+        return check_local(model, _settings.paths[model.setting], f"given by --{model.setting}")
     if os.environ.get(model.variable):
-        return check_local(model, Path(os.environ[model.variable]).expanduser(), model.variable)
+        return check_local(model, Path(os.environ[model.variable]).expanduser(), f"given by {model.variable}")
     if model.repo is None:
         return check_local(model, model.folder, "the project's own folder")
     return from_hub(model)
 
 
 def check_local(model, path, source):
-    """`path` made precise, or RewardError. source: who named it."""
+    """`path` made precise, or RewardError. source: why it is looked for there."""
     if len(model.files) == 1 and path.is_dir():
         path = next((path / name for name in (*model.files, *model.aliases) if (path / name).is_file()), path)
         missing = [] if path.is_file() else [model.files[0]]
@@ -190,8 +189,7 @@ def check_local(model, path, source):
             missing = []
     if missing:
         raise RewardError(
-            f"{model.key}: {' and '.join(missing)} not found at {path} (given by {source}); "
-            f"fetch with `{model.fetch}`"
+            f"{model.key}: {' and '.join(missing)} not found at {path} ({source}); fetch with `{model.fetch}`"
             + (f" and pass --{model.setting} weights/{model.key}" if model.repo else "")
         )
     return path
@@ -224,7 +222,7 @@ def from_hub(model):
 
 
 def brief(error, limit=120):
-    """The first sentence of an error, on one line."""
+    """The start of an error, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " ..."
 
