@@ -11,17 +11,18 @@ from PIL import Image
 
 import rewards
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(autouse=True)
 def fresh_settings(monkeypatch):
-    """Every test starts and ends without settings, environment variables or a network."""
+    """Every test starts without settings and environment variables, on one thread: the models are tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for model in rewards.MODELS.values():
         monkeypatch.delenv(model.variable, raising=False)
     rewards.configure()
     yield
     rewards.configure()
+    torch.set_num_threads(threads)
 
 
 def seeded(shape, seed, scale=1.0, dtype=torch.float32):
