@@ -8,14 +8,18 @@ images: float32, (B, 3, H, W), nominally in [-1, 1] but *not* clamped, any size.
 prompts: one string an image.
 losses: float32, (B,), the negative of the reward (a scalar will do for a batch of one).
 
-A factory loads its weights when it is called, so importing this file loads nothing. Where no gradient can flow from
-the losses to the images, the factory says so with the attribute `differentiable = False`.
+A factory loads its weights when it is called, so importing this file loads nothing. Its attribute
+`differentiable` says whether a gradient flows from the losses to the images; a factory without one is tried
+out by `rewards.is_differentiable`. `inference_dtype` is the precision of the weights, float32 if None.
 """
 
 import io
+from functools import partial
 
 import torch
 from PIL import Image
+
+from .preprocess import check, crop, pad
 
 
 def white_loss_fn(inference_dtype=None, device=None):
@@ -28,7 +32,7 @@ def white_loss_fn(inference_dtype=None, device=None):
 
 
 def black_loss_fn(inference_dtype=None, device=None):
-    """Darkness: the reward is the negative mean of the image, in [-1, 1] (the official implementation's `black`)."""
+    """Darkness: minus the mean of the image, in [-1, 1] (the official implementation's `black`)."""
 
     def loss_fn(images, prompts):
         return images.mean(dim=(1, 2, 3))
@@ -69,3 +73,96 @@ def to_uint8(images):
     """Images (B, 3, H, W) in [-1, 1] as a NumPy array (B, H, W, 3) of 0..255, clamped and rounded."""
     pixels = (images.detach().float() / 2 + 0.5).clamp(0, 1) * 255
     return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+# --- rewards with weights -----------------------------------------------------------------------------------
+# What differs between them is here; how a tower is loaded and run is in towers.py, where weights are found in
+# weights.py. The libraries are imported when a factory is called: importing this file stays cheap.
+
+
+def aesthetic_loss_fn(inference_dtype=None, device=None):
+    """LAION aesthetic score, about 1 to 10: an MLP on the CLIP ViT-L/14 image embedding; blind to the prompt.
+
+    Source: improved-aesthetic-predictor, head sac+logos+ava1-l14-linearMSE. Other heads have other scales.
+    """
+    from . import towers, weights
+
+    dtype, device = inference_dtype or torch.float32, device or "cpu"
+    folder = weights.locate("clip")
+    clip = towers.load_clip("clip", folder, dtype, device)
+    embed = towers.clip_image_tower("clip", clip, folder, dtype, own=partial(crop, place=round))
+    path = weights.locate("aesthetic")
+    state = weights.read_pickle("aesthetic", path)
+    head = towers.LinearHead(clip.config.projection_dim)
+    weights.load_strict("aesthetic", path, head, state)
+    weights.loaded("aesthetic", path)
+    head = towers.freeze(head.to(towers.full(dtype)), device)
+
+    def loss_fn(images, prompts=None):
+        check("aesthetic", images, [""] * len(images))
+        return -head(embed(images)).to(images.device)
+
+    return loss_fn
+
+
+def clip_loss_fn(inference_dtype=None, device=None):
+    """CLIP score: logit scale (100) times the cosine between image and prompt, about 10 to 40."""
+    from .towers import clip_loss
+
+    return clip_loss("clip", "clip", inference_dtype, device, own=crop, official=False)
+
+
+def pick_loss_fn(inference_dtype=None, device=None):
+    """PickScore, about 15 to 25: logit scale times cosine of a CLIP ViT-H/14.
+
+    Source: Kirstain et al. 2023, arXiv 2305.01569.
+    """
+    from .towers import clip_loss
+
+    return clip_loss("pick", "pick", inference_dtype, device, own=crop)
+
+
+def sprites_loss_fn(inference_dtype=None, device=None):
+    """Agreement with the prompt in the eyes of the embedded model's CLIP: logit scale times cosine.
+
+    The softmax of this score over all captions is that CLIP's probability of a caption. The score itself is
+    the reward because it needs no list of captions and its gradient does not vanish where that probability is
+    near 0 or 1: a start from the wrong picture is as good as any.
+    """
+    from .towers import clip_loss
+
+    return clip_loss("sprites", "sprites", inference_dtype, device, own=crop, official=False)
+
+
+def hps_loss_fn(inference_dtype=None, device=None):
+    """Human Preference Score v2.0, about 0.2 to 0.35: the cosine of a CLIP ViT-H/14.
+
+    Source: Wu et al. 2023, arXiv 2306.09341.
+    """
+    from .towers import hps_loss
+
+    return hps_loss("hps", "hps", inference_dtype, device, own=pad)
+
+
+def hps_v21_loss_fn(inference_dtype=None, device=None):
+    """Human Preference Score v2.1: as `hps` with other weights and another scale; the two do not compare."""
+    from .towers import hps_loss
+
+    return hps_loss("hps_v2.1", "hps_v2.1", inference_dtype, device, own=pad)
+
+
+def imagereward_loss_fn(inference_dtype=None, device=None):
+    """ImageReward, about -2 to 2: a BLIP's; 0 is the average of its training pictures.
+
+    Source: Xu et al. 2023, arXiv 2304.05977.
+    """
+    from .imagereward import imagereward_loss
+
+    return imagereward_loss(inference_dtype, device)
+
+
+for _factory in (
+    *(white_loss_fn, black_loss_fn, contrast_loss_fn, aesthetic_loss_fn, hps_loss_fn, hps_v21_loss_fn),
+    *(pick_loss_fn, clip_loss_fn, imagereward_loss_fn, sprites_loss_fn),
+):
+    _factory.differentiable = True

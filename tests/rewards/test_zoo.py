@@ -1,0 +1,93 @@
+"""The public recipe for rewards, and the rewards that need no weights, against formulas by hand."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import rewards
+
+ROOT = Path(__file__).parents[2]
+PUBLIC = ("aesthetic_loss_fn", "hps_loss_fn", "pick_loss_fn", "white_loss_fn", "black_loss_fn",
+          "contrast_loss_fn", "jpeg_compressibility", "clip_loss_fn", "imagereward_loss_fn")  # fmt: skip
+
+
+def test_the_published_recipe_for_a_custom_reward(tmp_path):
+    """Append a factory to rewards_zoo.py and a row to __init__.py, as the README says, and use it."""
+    package = tmp_path / "rewards"
+    package.mkdir()
+    for file in (ROOT / "rewards").glob("*.py"):
+        (package / file.name).write_bytes(file.read_bytes())
+    zoo, table = package / "rewards_zoo.py", package / "__init__.py"
+    zoo.write_text(
+        zoo.read_text()
+        + """
+
+def custom_loss_fn(inference_dtype=None, device=None):
+    def loss_fn(im_pix_un, prompts):
+        im_pix = ((im_pix_un / 2) + 0.5).clamp(0, 1)
+        return -im_pix[:, 0].mean((1, 2))
+    return loss_fn
+"""
+    )
+    table.write_text(
+        table.read_text().replace("RFUNCTIONS = {", 'RFUNCTIONS = {\n    "redness": custom_loss_fn,')
+    )
+    code = "import torch, rewards as r; f = r.RFUNCTIONS['redness']; print(f()(torch.zeros(2, 3, 8, 8), ['', '']).tolist(), r.is_differentiable(f))"  # noqa: E501
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "[-0.5, -0.5] True", done.stderr
+
+
+def test_public_names_and_rows():
+    from rewards import rewards_zoo
+
+    for name in PUBLIC:
+        assert getattr(rewards, name) is getattr(rewards_zoo, name)
+    names = "aesthetic hps hps_v2.1 pick clip imagereward sprites white black contrast jpeg"
+    assert list(rewards.RFUNCTIONS) == names.split()
+
+
+def test_what_is_differentiable_is_declared_and_true(configure):
+    for name, factory in rewards.RFUNCTIONS.items():
+        assert factory.differentiable == (name != "jpeg")
+        undeclared = lambda *args, build=factory, **kw: build(*args, **kw)  # noqa: E731
+        assert rewards.is_differentiable(undeclared, prompt="red car") == factory.differentiable, name
+
+
+def test_a_reward_without_a_gradient_is_found_out():
+    """Detached, zero everywhere, or not a tensor."""
+    for loss in (lambda x, p: x.detach().mean((1, 2, 3)), lambda x, p: (x.mean((1, 2, 3)) * 0),
+                 lambda x, p: x.round().mean((1, 2, 3)), lambda x, p: 1.0):  # fmt: skip
+        assert not rewards.is_differentiable(lambda inference_dtype=None, device=None, loss=loss: loss)
+
+
+def test_brightness_darkness_and_contrast(pictures):
+    images = pictures(2, 24, 36).requires_grad_(True)
+    n = 3 * 24 * 36
+    for name, sign in (("white", -1), ("black", 1)):
+        losses = rewards.RFUNCTIONS[name]()(images, ["", ""])
+        torch.testing.assert_close(losses, sign * images.detach().reshape(2, -1).mean(1))
+        (gradient,) = torch.autograd.grad(losses.sum(), images)
+        torch.testing.assert_close(gradient, torch.full_like(gradient, sign / n))
+    losses = rewards.RFUNCTIONS["contrast"]()(images, ["", ""])
+    (gradient,) = torch.autograd.grad(losses.sum(), images)
+    for i in range(2):
+        grey = images[i].detach().sum(0)
+        deviation = grey - grey.mean()
+        torch.testing.assert_close(losses[i], -(deviation**2).mean())
+        torch.testing.assert_close(gradient[i], (-2 * deviation / grey.numel()).expand(3, -1, -1))
+
+
+def test_jpeg_is_the_size_of_the_file(pictures):
+    images = pictures(2, 48, 64) * 1.5
+    losses = rewards.RFUNCTIONS["jpeg"]()(images, ["", ""])
+    for image, loss in zip(images, losses):
+        pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=95)
+        assert loss.item() == pytest.approx(len(file.getvalue()) / 1000)
+    assert losses.dtype == torch.float32 and not losses.requires_grad
