@@ -67,7 +67,7 @@ def random_stable_diffusion(dtype, device):
         ),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    return StableDiffusion(pipe.to(device, dtype))
+    return StableDiffusion(pipe.to(device, dtype), "random weights")
 
 
 def synchronize(device):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import rewards
 from dno.errors import UserError
 from dno.gradients import Backpropagation
 from dno.loading import load_model, resolve_device, resolve_precision
@@ -73,8 +74,6 @@ class _Alignment:
     """One run: everything is checked, then loaded, then optimized."""
 
     def __init__(self, settings, model, noise, prefix):
-        import rewards
-
         self.settings = settings
         self.device = model.device if model is not None else resolve_device(settings.device)
         self.dtype = model.dtype if model is not None else resolve_precision(settings.precision, self.device)
@@ -90,7 +89,9 @@ class _Alignment:
                 )
         for name in {o.name for o in self.objectives} & {e.name for e in self.evaluations}:
             raise UserError(f"{name!r} is both an objective and an evaluation; an objective is recorded already")
-        self.noise = load_noise(settings.noise) if settings.noise else None if noise is None else check_noise(noise)
+        self.noise = noise if noise is None else check_noise(noise)
+        if settings.noise:
+            self.noise = load_noise(settings.noise)
         self.model = model
         self.run_folder = Run(settings.output, prefix) if settings.output is not None else None
         self.metrics = []
@@ -101,7 +102,10 @@ class _Alignment:
         self.callback, self.screen = callback, screen
         try:
             with out_of_memory_explained(UserError):
-                self._load()
+                self._load_rewards()  # first, for what they miss is known at once
+                self._load_model()
+                if self.run_folder is not None:
+                    self.run_folder.write_args({**self.describe(), "reward_files": rewards.loaded_files()})
                 if screen:
                     screen.begin(self.describe())
                 states = self._optimize()
@@ -118,7 +122,17 @@ class _Alignment:
             screen.end(result)
         return result
 
-    def _load(self):
+    def _load_rewards(self):
+        settings, precision = self.settings, rewards.PRECISIONS[self.settings.reward_precision]
+        try:
+            rewards.configure(settings.reward_preprocess, settings.reward_checkpointing, **settings.reward_paths)
+        except rewards.RewardError as error:
+            raise UserError(str(error)) from error
+        self.loss = Losses(self.objectives, precision, self.device)
+        self.loss.require_gradients(settings.prompt)
+        self.evaluation = Losses(self.evaluations, precision, self.device) if self.evaluations else None
+
+    def _load_model(self):
         settings = self.settings
         self.prompts = [settings.prompt] * settings.batch_size
         owned = self.model is None
@@ -133,14 +147,10 @@ class _Alignment:
         self.conditioning = self.model.encode_prompts(self.prompts, settings.negative_prompt)
         if owned:
             self.model.free_text_encoder()
-        self.loss = Losses(self.objectives, torch.float32, self.device)
-        self.evaluation = Losses(self.evaluations, torch.float32, self.device) if self.evaluations else None
         self.checkpointing = settings.checkpointing
         if self.checkpointing == "auto":
             self.checkpointing = choose_checkpointing(self._one_step, settings.num_steps, self.device)
         self.model.checkpoint_blocks(self.checkpointing == "block")
-        if self.run_folder is not None:
-            self.run_folder.write_args(self.describe())
 
     def _check_size(self):
         """Fill in the size, and check everything that depends on it."""

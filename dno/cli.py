@@ -10,6 +10,7 @@ from typing import get_args, get_type_hints
 
 from dno.errors import UserError
 from dno.settings import Settings
+from rewards import MODELS, RFUNCTIONS
 
 # Exit codes: 2 bad input (argparse's own), 130 Ctrl-C, 143 SIGTERM: 128 + the signal's number, as shells have it.
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
@@ -24,7 +25,10 @@ class Terminated(KeyboardInterrupt):
 def build_parser(description, defaults):
     """One flag for each setting, in groups. defaults: the script's own, by setting name."""
     summary, commands = description.strip().split("\n\n", 1)
-    rewards = ", ".join(name + ("" if usable else " (--evaluate only)") for name, usable in _zoo())
+    rewards = ", ".join(
+        name + ("" if getattr(factory, "differentiable", True) else " (--evaluate only)")
+        for name, factory in RFUNCTIONS.items()
+    )
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]",
         description=summary,
@@ -36,15 +40,27 @@ def build_parser(description, defaults):
     groups = {}
     for setting in fields(Settings):
         group = setting.metadata["group"]
+        if group is None:
+            continue
         groups[group] = groups.get(group) or parser.add_argument_group(group)
+        kind = types[setting.name]
         groups[group].add_argument(
             f"--{setting.name}",
-            type=_value_type(types[setting.name]),
             default=defaults.get(setting.name, setting.default),
             help=setting.metadata["help"].replace("%", "%%"),
+            **({"action": "store_true"} if kind is bool else {"type": _value_type(kind)}),
             **setting.metadata["argument"],
         )
+    for model in MODELS.values():
+        groups["reward models"].add_argument(f"--{model.setting}", metavar="PATH", help=model.help)
     return parser
+
+
+def parse(parser, arguments=None):
+    """The flags as keywords of `Settings`."""
+    settings = vars(parser.parse_args(arguments))
+    paths = {model.setting: settings.pop(model.setting) for model in MODELS.values()}
+    return {**settings, "reward_paths": {name: path for name, path in paths.items() if path}}
 
 
 def main(description, prefix, **defaults):
@@ -53,7 +69,7 @@ def main(description, prefix, **defaults):
     description: the script's docstring: a summary line, then the commands to try.
     prefix: of the run folder's name.
     """
-    arguments = vars(build_parser(description, defaults).parse_args())
+    arguments = parse(build_parser(description, defaults))
     signal.signal(signal.SIGTERM, _terminate)
     warnings.showwarning = _show_warning
     screen = None
@@ -83,15 +99,9 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         shown = action.default if not isinstance(action.default, list | tuple) else " ".join(action.default)
-        if shown in (None, "", argparse.SUPPRESS) or "default" in action.help:
+        if shown in (None, False, "", argparse.SUPPRESS) or "default" in action.help:
             return action.help
         return f"{action.help} [{shown}]"
-
-
-def _zoo():
-    from rewards import RFUNCTIONS
-
-    return [(name, getattr(factory, "differentiable", True)) for name, factory in RFUNCTIONS.items()]
 
 
 def _value_type(hint):

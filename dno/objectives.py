@@ -11,6 +11,7 @@ import torch
 
 from dno.errors import UserError
 from dno.memory import is_out_of_memory
+from rewards import RewardError, is_differentiable
 
 # What a line of metrics.jsonl says beside the rewards by name.
 METRICS = (
@@ -85,7 +86,7 @@ class Losses:
     """
 
     def __init__(self, objectives, inference_dtype=None, device=None):
-        self.objectives = objectives
+        self.objectives, self.device = objectives, device
         self.loss_fns = {}
         for objective in objectives:
             with _one_line(f"the reward {objective.name!r} could not be loaded"):
@@ -96,6 +97,16 @@ class Losses:
                     "loss_fn(images, prompts): does it end with `return loss_fn`?"
                 )
             self.loss_fns[objective.name] = loss_fn
+
+    def require_gradients(self, prompt):
+        """Raise UserError where a reward that does not say whether it is differentiable turns out not to be."""
+        for objective in self.objectives:
+            try:
+                found = is_differentiable(objective.factory, self.loss_fns[objective.name], prompt, self.device)
+            except Exception:
+                continue  # a random little picture is not to every reward's taste; the first image will tell
+            if not found:
+                raise _no_gradient(objective.name)
 
     def __call__(self, images, prompts):
         """(the weighted sum of the losses (B,), each unweighted reward by name, (B,), detached).
@@ -123,8 +134,12 @@ def _checked(losses, name, images):
             f"expected ({batch},)"
         )
     if torch.is_grad_enabled() and images.requires_grad and not losses.requires_grad:
-        raise UserError(f"the reward {name!r} gives no gradient; use dno_stable_diffusion_nograd.py for it")
+        raise _no_gradient(name)
     return losses.reshape(batch).to(images.device, images.dtype)
+
+
+def _no_gradient(name):
+    return UserError(f"the reward {name!r} gives no gradient; use dno_stable_diffusion_nograd.py for it")
 
 
 class _one_line:
@@ -139,6 +154,8 @@ class _one_line:
     def __exit__(self, kind, error, trace):
         if not isinstance(error, Exception) or isinstance(error, UserError) or is_out_of_memory(error):
             return
+        if isinstance(error, RewardError):
+            raise UserError(str(error)) from error
         frame = traceback.extract_tb(trace)[-1]
         message = " ".join(str(error).split()) or "no message"
         where = f"{Path(frame.filename).name}:{frame.lineno}"

@@ -88,6 +88,21 @@ class Settings:
         metavar="NAME",
     )
 
+    reward_precision: str = _setting(
+        "reward models", "fp32", "precision of the reward models' weights", choices=PRECISIONS[1:]
+    )
+    reward_preprocess: str = _setting(
+        "reward models",
+        "own",
+        "own: resize, crop or pad as each reward model does; reference: aesthetic, hps, pick as in the official code",
+        choices=("own", "reference"),
+    )
+    reward_checkpointing: bool = _setting(
+        "reward models", False, "recompute the reward models' activations: less memory, more time"
+    )
+    # Local copies of the reward models: {"hps_path": ...}, a flag each. See `rewards.MODELS`.
+    reward_paths: dict = field(default_factory=dict, metadata={"group": None, "argument": {}})
+
     opt_steps: int = _setting("optimization", 100, "iterations; iteration 0 measures the image without alignment")
     opt_time: int | None = _setting(
         "optimization",

@@ -14,10 +14,10 @@ from PIL import Image
 
 import rewards
 from dno import alignment, cli
-from dno.cli import build_parser, main
+from dno.cli import build_parser, main, parse
 from dno.runs import load_noise
 from dno.settings import Settings
-from rewards import RFUNCTIONS
+from rewards import MODELS, RFUNCTIONS
 
 DESCRIPTION = "What it does.\n\ncommands to try:\n  python script.py --prompt x\n"
 
@@ -82,7 +82,8 @@ def no_folder(tmp_path):
 
 def test_help_names_every_flag_and_reward_and_the_commands():
     text = build_parser(DESCRIPTION, {}).format_help()
-    assert all(f"--{setting.name} " in text for setting in fields(Settings))
+    names = [setting.name for setting in fields(Settings) if setting.metadata["group"]]
+    assert all(f"--{name} " in text for name in [*names, *(model.setting for model in MODELS.values())])
     assert all(name in text for name in RFUNCTIONS) and "jpeg (--evaluate only)" in text
     assert "python script.py --prompt x" in text and "FILE.py:FUNCTION" in text and "exit codes: 0 done" in text
     assert max(map(len, text.splitlines())) <= 120
@@ -96,7 +97,7 @@ def test_help_says_a_default_once(name):
 
 
 def test_the_scripts_defaults_are_the_settings():
-    assert Settings(**vars(build_parser(DESCRIPTION, {}).parse_args([]))) == Settings()
+    assert Settings(**parse(build_parser(DESCRIPTION, {}), [])) == Settings()
     parser = build_parser(DESCRIPTION, {"lr": 0.5, "objective": ("white",)})
     assert parser.parse_args([]).lr == 0.5 and parser.parse_args([]).objective == ("white",)
 

@@ -1,13 +1,8 @@
-"""The public recipe for rewards, and the rewards that need no weights, against formulas by hand."""
+"""The public recipe for rewards, their names, and what tells a reward without a gradient."""
 
-import io
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
-import torch
-from PIL import Image
 
 import rewards
 
@@ -63,31 +58,3 @@ def test_a_reward_without_a_gradient_is_found_out():
     for loss in (lambda x, p: x.detach().mean((1, 2, 3)), lambda x, p: (x.mean((1, 2, 3)) * 0),
                  lambda x, p: x.round().mean((1, 2, 3)), lambda x, p: 1.0):  # fmt: skip
         assert not rewards.is_differentiable(lambda inference_dtype=None, device=None, loss=loss: loss)
-
-
-def test_brightness_darkness_and_contrast(pictures):
-    images = pictures(2, 24, 36).requires_grad_(True)
-    n = 3 * 24 * 36
-    for name, sign in (("white", -1), ("black", 1)):
-        losses = rewards.RFUNCTIONS[name]()(images, ["", ""])
-        torch.testing.assert_close(losses, sign * images.detach().reshape(2, -1).mean(1))
-        (gradient,) = torch.autograd.grad(losses.sum(), images)
-        torch.testing.assert_close(gradient, torch.full_like(gradient, sign / n))
-    losses = rewards.RFUNCTIONS["contrast"]()(images, ["", ""])
-    (gradient,) = torch.autograd.grad(losses.sum(), images)
-    for i in range(2):
-        grey = images[i].detach().sum(0)
-        deviation = grey - grey.mean()
-        torch.testing.assert_close(losses[i], -(deviation**2).mean())
-        torch.testing.assert_close(gradient[i], (-2 * deviation / grey.numel()).expand(3, -1, -1))
-
-
-def test_jpeg_is_the_size_of_the_file(pictures):
-    images = pictures(2, 48, 64) * 1.5
-    losses = rewards.RFUNCTIONS["jpeg"]()(images, ["", ""])
-    for image, loss in zip(images, losses):
-        pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG", quality=95)
-        assert loss.item() == pytest.approx(len(file.getvalue()) / 1000)
-    assert losses.dtype == torch.float32 and not losses.requires_grad
