@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+import textwrap
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -29,10 +30,11 @@ def build_parser(description, defaults):
         name + ("" if getattr(factory, "differentiable", True) else " (--evaluate only)")
         for name, factory in RFUNCTIONS.items()
     )
+    rewards = f"rewards: {rewards}, or a loss factory of your own as FILE.py:FUNCTION"
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]",
         description=summary,
-        epilog=f"rewards: {rewards}, or a loss factory of your own: FILE.py:FUNCTION\n\n{commands}\n\n{EXIT_CODES}",
+        epilog=f"{textwrap.fill(rewards, 100)}\n\n{commands}\n\n{EXIT_CODES}",
         formatter_class=_Help,
         allow_abbrev=False,
     )

@@ -36,7 +36,7 @@ class ModelSpec:
 def _sprites():
     from sprites.scenes import WORDS
 
-    return ModelSpec(str(PACKAGE_ROOT / "sprites"), num_steps=25, guidance_scale=4.0, words=WORDS)
+    return ModelSpec(str(PACKAGE_ROOT / "sprites"), num_steps=25, guidance_scale=3.0, words=WORDS)
 
 
 MODELS = {

@@ -64,7 +64,7 @@ class Settings:
     guidance_scale: float | None = _setting(
         "sampling",
         None,
-        "weight of the prompt; <= 1 drops the negative prompt and half the time; default: 5 (sprites 4)",
+        "weight of the prompt; <= 1 drops the negative prompt and half the time; default: 5 (sprites 3)",
     )
     seed: int = _setting("sampling", 0, "seed of the noise; image b of a batch has seed + b")
     batch_size: int = _setting("sampling", 1, "independent images that are optimized together, each as if alone")

@@ -52,12 +52,16 @@ def no_pictures(monkeypatch):
 
 @pytest.fixture
 def reward(tmp_path):
-    """reward(body) -> the --objective of a reward of one's own; `calls` counts up from 0."""
+    """reward(body) -> the --objective of a reward of one's own; `call` counts up from 0.
 
-    def write(body):
+    declared: whether it says that it is differentiable; one that does not is called once more, to find out.
+    """
+
+    def write(body, declared=True):
         (tmp_path / "mine.py").write_text(
             "import torch\n\ndef score(inference_dtype=None, device=None):\n    calls = iter(range(10**6))\n\n"
             f"    def loss_fn(images, prompts):\n        call = next(calls)\n        {body}\n\n    return loss_fn\n"
+            + ("\nscore.differentiable = True\n" if declared else "")
         )
         return f"--objective {tmp_path / 'mine.py'}:score"
 
@@ -84,12 +88,12 @@ def test_help_names_every_flag_and_reward_and_the_commands():
     text = build_parser(DESCRIPTION, {}).format_help()
     names = [setting.name for setting in fields(Settings) if setting.metadata["group"]]
     assert all(f"--{name} " in text for name in [*names, *(model.setting for model in MODELS.values())])
-    assert all(name in text for name in RFUNCTIONS) and "jpeg (--evaluate only)" in text
+    assert all(name in text for name in RFUNCTIONS) and "jpeg (--evaluate only)" in " ".join(text.split())
     assert "python script.py --prompt x" in text and "FILE.py:FUNCTION" in text and "exit codes: 0 done" in text
     assert max(map(len, text.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("name", [setting.name for setting in fields(Settings)])
+@pytest.mark.parametrize("name", [setting.name for setting in fields(Settings) if setting.metadata["group"]])
 def test_help_says_a_default_once(name):
     text = " ".join(build_parser(DESCRIPTION, {}).format_help().split())
     (entry,) = re.findall(rf" (--{name} .*?)(?= --\w| \w+: --|$)", text)[-1:]
@@ -280,12 +284,13 @@ def test_bad_rewards_in_a_row_end_the_run_and_keep_what_was_found(call, reward, 
     assert (folder / "best.png").is_file() and (folder / "best_noise.safetensors").is_file()
 
 
+@pytest.mark.parametrize("declared", [True, False])
 @pytest.mark.parametrize(
     "body", ["return 0 * images.mean(dim=(1, 2, 3))", "return images.sign().mean(dim=(1, 2, 3))",
              "return images.detach().mean(dim=(1, 2, 3))", "return torch.zeros(len(images))"]
 )  # fmt: skip
-def test_a_reward_without_a_gradient_is_named_with_the_script_for_it(call, reward, tmp_path, body):
-    code, out, err = call(reward(body))
+def test_a_reward_without_a_gradient_is_named_with_the_script_for_it(call, reward, tmp_path, body, declared):
+    code, out, err = call(reward(body, declared))
     assert code == 2 and "error: " in err and "score" in err and "dno_stable_diffusion_nograd.py" in err
     assert "Traceback" not in err and no_folder(tmp_path)
 
@@ -317,6 +322,7 @@ def test_a_stop_before_the_first_iteration_leaves_nothing(call, tmp_path, monkey
 
         return loss_fn
 
+    factory.differentiable = True
     monkeypatch.setitem(rewards.RFUNCTIONS, "black", factory)
     got, _, err = call()
     assert got == code and err.endswith(f"\nstopped by {name}\n") and no_folder(tmp_path)
