@@ -11,6 +11,7 @@ import torch  # noqa: E402
 
 from dno.loading import load_model, resolve_device, resolve_precision  # noqa: E402
 from dno.models import StableDiffusion, model_spec  # noqa: E402
+from dno.quiet import quiet  # noqa: E402
 
 
 def add_model_arguments(parser):
@@ -67,7 +68,8 @@ def random_stable_diffusion(dtype, device):
         ),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    return StableDiffusion(pipe.to(device, dtype), "random weights")
+    with quiet():
+        return StableDiffusion(pipe.to(device, dtype), "random weights")
 
 
 def synchronize(device):

@@ -14,12 +14,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from common import ROOT
 from PIL import Image, ImageDraw, ImageFont
 
 import dno
-import sprites
 
-JUDGE = Path(sprites.__file__).parent / "judge.py"
+JUDGE = ROOT / "sprites" / "judge.py"
 
 RUNS = {
     "gamma 0": {},
@@ -36,7 +36,7 @@ def run(model, seed, iterations, folder, **settings):
         model=model, objective="black", evaluate=f"{JUDGE}:judge_loss_fn", seed=seed, opt_steps=iterations,
         output=folder, **{"lr": 0.005, **settings},
     )  # fmt: skip
-    rows = [(0.5 - m["black"] / 2, m["judge_loss_fn"], m["probability"]) for m in result.metrics]
+    rows = [(0.5 - m["black"] / 2, m["judge"], m["probability"]) for m in result.metrics]
     return np.array(rows), sorted((result.folder / "images").iterdir())
 
 

@@ -10,8 +10,7 @@ counts tensors. On a CPU it counts the process's pages, which an allocator holds
 nothing; where the system cannot reset its record of the peak, what loading took hides smaller peaks.
 
 "State" is what must grow with the steps, 4 bytes a value: the noise, its gradient, AdamW's two moments and the latents
-that the sampler visits. The loop needs a few times that, for the batch, the best noise so far and what the regularizer
-sorts.
+that the sampler visits. The loop holds further copies of it, such as the batch and the best noise so far.
 """
 
 import argparse

@@ -39,7 +39,7 @@ class Backpropagation:
     def __call__(self, noise, images):
         """noise: (T + 1, B, C, h, w); images: the B indices of the images in the batch that it is for."""
         noises = list(noise.detach().unbind())
-        leaves = [z.requires_grad_() for z in (z.clone() for z in noises[self.free])]
+        leaves = [z.requires_grad_() for z in noises[self.free]]
         noises[self.free] = leaves
         pixels = self.render(noises, images)
         losses, rewards = self.loss(pixels, images)

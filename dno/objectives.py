@@ -46,9 +46,10 @@ def parse_objective(text, zoo):
     if not math.isfinite(weight) or weight == 0:
         raise UserError(f"the weight in objective {text!r} is {match['weight']!r}; expected a number other than 0")
     if match["file"]:
-        if match["function"] in METRICS:
-            raise UserError(f"the reward {match['function']!r} has the name of another metric; rename the function")
-        return Objective(match["function"], weight, _function_of_file(match["file"], match["function"]))
+        name = match["function"].removesuffix("_loss_fn")
+        if name in METRICS:
+            raise UserError(f"the reward {name!r} has the name of another metric; rename the function")
+        return Objective(name, weight, _function_of_file(match["file"], match["function"]))
     if match["name"] not in zoo:
         known = ", ".join(zoo)
         raise UserError(f"no reward is called {match['name']!r}; expected one of {known}, or FILE.py:FUNCTION")

@@ -112,7 +112,8 @@ def optimize_noise(
             _require_gradient(estimate)
         penalties, penalty_gradient = _penalize(regularizer, batch[free], active, step, gamma)
         gradient = torch.zeros_like(batch)
-        gradient[free] = estimate.gradient + penalty_gradient
+        gradient[free] = estimate.gradient
+        gradient[free] += penalty_gradient
         evaluations = evaluate(estimate.images, active) if evaluate else {}
         measured = _measure(estimate, penalties, gradient, evaluations, batch[free], subsample)
 

@@ -17,8 +17,9 @@ import math
 
 import torch
 
-# The largest table of inner products that one set of random permutations may take: SEGMENTS^2 floats.
-SEGMENTS = 1024
+# Into how many segments the noise is cut at most. Time grows with it, and the table of inner products with its square;
+# fewer make the random permutations' average noisier.
+SEGMENTS = 512
 
 
 def log_probability_bounds(mean, second_moment, m):
@@ -98,7 +99,7 @@ def _shuffled_order(values, k, permutations, generator):
 
     order = torch.randperm(size, generator=generator).to(values.device)
     segments = values[order].view(num_segments, -1)  # (R, D/R)
-    shuffles = torch.rand(permutations, num_segments, generator=generator).argsort(dim=1)
+    shuffles = torch.stack([torch.randperm(num_segments, generator=generator) for _ in range(permutations)])
     columns = shuffles.view(permutations, k, -1).to(values.device)  # (P, k, R/k): the segments of each column
 
     mean = segments.sum(dim=1)[columns].sum(dim=-1) / m  # (P, k)

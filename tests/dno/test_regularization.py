@@ -127,7 +127,7 @@ def test_rows_must_divide_the_noise():
 
 
 @pytest.mark.parametrize(
-    ("size", "k", "expected"), [(51 * 4 * 64 * 64, 4, 1024), (26 * 1024, 16, 1024), (4 * 67 * 53, 4, 268)]
+    ("size", "k", "expected"), [(51 * 4 * 64 * 64, 4, 512), (26 * 1024, 16, 512), (4 * 67 * 53, 4, 268)]
 )
 def test_segments_divide_the_noise_into_whole_columns(size, k, expected):
     assert _num_segments(size, k) == expected
