@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV = .venv
 EXTRAS = rewards,dev
-DEMO_FLAGS = --prompt "white duck" --objective black --gamma 10 --lr 0.005 --opt_steps 50 --seed 3
+DEMO_FLAGS = --prompt "white duck" --objective black --gamma 10 --lr 0.005 --opt_steps 50 --seed 3 \
+	--evaluate sprites/judge.py:judge_loss_fn
 
 comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
@@ -49,6 +50,8 @@ $(STAMP): pyproject.toml constraints.txt
 	echo "Making $(VENV) with Python $$version"; \
 	$$python -m venv --clear $(VENV)
 	$(VENV_PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	# A parity test wants HPSv2's own package, whose pins would break the others'; without it the test is skipped.
+	-$(VENV_PYTHON) -m pip install --disable-pip-version-check --no-deps hpsv2==1.2.0
 	@touch $@
 
 clean:
