@@ -32,6 +32,7 @@ lint: $(STAMP)
 
 install: $(STAMP)
 
+# A parity test wants HPSv2's own package, whose pins would break the others'; without it that test is skipped.
 # The stamp is written last, so an interrupted installation is taken up again. An environment without a working pip
 # (interrupted, or its Python is gone) is made anew.
 $(STAMP): pyproject.toml constraints.txt
@@ -50,7 +51,6 @@ $(STAMP): pyproject.toml constraints.txt
 	echo "Making $(VENV) with Python $$version"; \
 	$$python -m venv --clear $(VENV)
 	$(VENV_PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
-	# A parity test wants HPSv2's own package, whose pins would break the others'; without it the test is skipped.
 	-$(VENV_PYTHON) -m pip install --disable-pip-version-check --no-deps hpsv2==1.2.0
 	@touch $@
 

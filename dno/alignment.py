@@ -13,10 +13,10 @@ import torch
 import rewards
 from dno.errors import UserError
 from dno.gradients import Backpropagation
-from dno.loading import load_model, resolve_device, resolve_precision
+from dno.loading import check_model, load_model, resolve_device, resolve_precision
 from dno.memory import PeakMemory, choose_checkpointing, out_of_memory_explained
 from dno.models import model_spec
-from dno.objectives import Losses, describe, parse_objectives
+from dno.objectives import Losses, describe, parse_evaluations, parse_objectives
 from dno.optimize import StopRules, optimize_noise
 from dno.optimizers import make_optimizer
 from dno.regularization import probability_penalty
@@ -55,7 +55,8 @@ def align(model=None, *, noise=None, callback=None, screen=None, prefix="SD", ou
     noise: (T + 1, B, C, h, w) to start from, or the path of a best_noise.safetensors.
     callback: called with each iteration's metrics (a dict).
     output: the folder to make the run's folder in; None writes nothing.
-    settings: any other field of `dno.settings.Settings`; the flags of the scripts have the same names.
+    settings: any other field of `dno.settings.Settings`; the flags of the scripts have the same names. The settings of
+        the reward models, `reward_paths` with them, replace what `rewards.configure` was told.
     Raises UserError, a ValueError with one line, for bad input. On KeyboardInterrupt all that was found is on disk.
     """
     unknown = settings.keys() - {field.name for field in fields(Settings)}
@@ -64,6 +65,8 @@ def align(model=None, *, noise=None, callback=None, screen=None, prefix="SD", ou
     if isinstance(model, str | Path):
         settings["model"], model = str(model), None
     elif model is not None:
+        if late := settings.keys() & {"lora", "variant", "model_config", "precision", "device"}:
+            raise UserError(f"{', '.join(sorted(late))}: the model is loaded already; give it to load_model")
         settings["model"] = model.name
     if not isinstance(noise, torch.Tensor):
         settings["noise"], noise = noise, None
@@ -78,7 +81,7 @@ class _Alignment:
         self.device = model.device if model is not None else resolve_device(settings.device)
         self.dtype = model.dtype if model is not None else resolve_precision(settings.precision, self.device)
         self.objectives = parse_objectives(settings.objective, rewards.RFUNCTIONS)
-        self.evaluations = parse_objectives(settings.evaluate, rewards.RFUNCTIONS)
+        self.evaluations = parse_evaluations(settings.evaluate, rewards.RFUNCTIONS)
         for objective in self.objectives:
             if getattr(objective.factory, "evaluation_only", False):
                 raise UserError(f"{objective.name!r} is a judge, which optimizing would corrupt; use --evaluate for it")
@@ -92,7 +95,15 @@ class _Alignment:
         self.noise = noise if noise is None else check_noise(noise)
         if settings.noise:
             self.noise = load_noise(settings.noise)
+        if self.noise is not None and self.noise.shape[:2] != (settings.num_steps + 1, settings.batch_size):
+            steps, images = self.noise.shape[0] - 1, self.noise.shape[1]
+            raise UserError(
+                f"the noise to start from is for --num_steps {steps} --batch_size {images}; "
+                f"got {settings.num_steps} and {settings.batch_size}"
+            )
         self.model = model
+        if model is None:
+            check_model(settings.model, settings.lora)
         self.run_folder = Run(settings.output, prefix) if settings.output is not None else None
         self.metrics = []
         self.peak = PeakMemory(self.device)
@@ -101,7 +112,7 @@ class _Alignment:
         """Load, optimize, and leave whole files behind whatever happens."""
         self.callback, self.screen = callback, screen
         try:
-            with out_of_memory_explained(UserError):
+            with out_of_memory_explained():
                 self._load_rewards()  # first, for what they miss is known at once
                 self._load_model()
                 if self.run_folder is not None:
@@ -112,6 +123,8 @@ class _Alignment:
         finally:
             if screen:
                 screen.close()
+            if self.model is not None:
+                self.model.checkpoint_blocks(False)  # the caller may use the model again
             if self.run_folder is not None:
                 if self.metrics:
                     self.run_folder.draw()
@@ -149,7 +162,8 @@ class _Alignment:
             self.model.free_text_encoder()
         self.checkpointing = settings.checkpointing
         if self.checkpointing == "auto":
-            self.checkpointing = choose_checkpointing(self._one_step, settings.num_steps, self.device)
+            steps_with_graph = min(settings.opt_time + 1, settings.num_steps)
+            self.checkpointing = choose_checkpointing(self._one_step, steps_with_graph, self.device)
         self.model.checkpoint_blocks(self.checkpointing == "block")
 
     def _check_size(self):
@@ -174,12 +188,11 @@ class _Alignment:
                 f"--subsample {settings.subsample} cuts the noise into rows of {4**settings.subsample} values, which "
                 f"do not divide the {one_noise} values of one noise; lower it"
             )
-        if self.noise is not None and self.noise.shape != (steps + 1, *self.latent_shape):
-            t, b, _, h, w = self.noise.shape
+        if self.noise is not None and self.noise.shape[1:] != self.latent_shape:
+            _, _, channels, h, w = self.noise.shape
             raise UserError(
-                f"the noise to start from is for --num_steps {t - 1} --batch_size {b} "
-                f"--height {h * model.scale_factor} --width {w * model.scale_factor}; "
-                f"got {steps}, {settings.batch_size}, {self.size[0]} and {self.size[1]}"
+                f"the noise to start from has {channels} channels for --height {h * model.scale_factor} "
+                f"--width {w * model.scale_factor}; got {self.latent_shape[1]}, {self.size[0]} and {self.size[1]}"
             )
 
     def _one_step(self):

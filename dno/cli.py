@@ -72,9 +72,9 @@ def main(description, prefix, **defaults):
     prefix: of the run folder's name.
     """
     arguments = parse(build_parser(description, defaults))
+    screen = None
     signal.signal(signal.SIGTERM, _terminate)
     warnings.showwarning = _show_warning
-    screen = None
     try:
         Settings(**arguments).resolve()  # before the libraries, which take seconds to import
         from dno.alignment import align
@@ -83,14 +83,17 @@ def main(description, prefix, **defaults):
         screen = Screen()
         align(**arguments, prefix=prefix, screen=screen)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{_what_is_kept(screen)}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, Terminated)
-        found = screen and screen.folder and Path(screen.folder).is_dir()  # gone where nothing was found
-        kept = f"; what was found is in {screen.folder}" if found else ""
-        print(f"stopped by {'SIGTERM' if terminated else 'Ctrl-C'}{kept}", file=sys.stderr)
+        print(f"stopped by {'SIGTERM' if terminated else 'Ctrl-C'}{_what_is_kept(screen)}", file=sys.stderr)
         sys.exit(TERMINATED if terminated else INTERRUPTED)
+
+
+def _what_is_kept(screen):
+    found = screen and screen.folder and Path(screen.folder).is_dir()  # gone where nothing was found
+    return f"; what was found is in {screen.folder}" if found else ""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

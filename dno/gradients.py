@@ -40,7 +40,6 @@ class Backpropagation:
         """noise: (T + 1, B, C, h, w); images: the B indices of the images in the batch that it is for."""
         noises = list(noise.detach().unbind())
         leaves = [z.requires_grad_() for z in noises[self.free]]
-        noises[self.free] = leaves
         pixels = self.render(noises, images)
         losses, rewards = self.loss(pixels, images)
         # The losses are summed, never averaged, so each image gets the gradient that it would get alone; one that is

@@ -44,23 +44,35 @@ def load_model(name, dtype=torch.float32, device="cpu", variant=None, lora=None,
     lora: PATH_OR_ID[:SCALE], added to the weights.
     Raises UserError: no such model, not a Stable Diffusion, weights missing, damaged or in a pickle, gated, no network.
     """
+    check_model(name, lora)
     source = model_spec(name).source
     path = Path(source).expanduser()
     with quiet():
-        if path.is_file():
-            pipe = _load_file(path, dtype, model_config)
-        elif path.is_dir():
-            pipe = _load_folder(path, dtype, variant)
-        elif _may_be_hub_id(str(source)):
-            pipe = _load_hub(source, dtype, variant)
-        else:
-            raise UserError(f"--model {name}: no such folder or file; expected one, or a hub id such as owner/name")
+        pipe = _load_file(path, dtype, model_config) if path.is_file() else _load_pipeline(source, dtype, variant)
         if lora:
             _add_lora(pipe, lora)
         family = FAMILIES[type(pipe).__name__]
         with _explained(f"--model {name} could not be moved to {device} (is it whole?)"):
             pipe.to(device)
         return family(pipe, str(name))
+
+
+def check_model(name, lora=None):
+    """Raise UserError for what can be said of a model and its LoRA without loading them."""
+    source = model_spec(name).source
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UserError(f"--model {path}: only .safetensors is read, since a pickle can run code; convert it first")
+    elif path.is_dir():
+        _check_folder(path)
+    elif _may_be_hub_id(str(source)):
+        with quiet():
+            _check_hub(source)
+    else:
+        raise UserError(f"--model {name}: no such folder or file; expected one, or a hub id such as owner/name")
+    if lora:
+        _parse_lora(lora)
 
 
 def _may_be_hub_id(source):
@@ -71,8 +83,6 @@ def _may_be_hub_id(source):
 def _load_file(path, dtype, model_config):
     from diffusers import StableDiffusionPipeline
 
-    if path.suffix != ".safetensors":
-        raise UserError(f"--model {path}: only .safetensors is read, since a pickle can run code; convert it first")
     if model_config:
         fix, model_config = "is the file whole?", str(Path(model_config).expanduser())
     else:
@@ -84,7 +94,7 @@ def _load_file(path, dtype, model_config):
         )  # fmt: skip
 
 
-def _load_folder(folder, dtype, variant):
+def _check_folder(folder):
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(f"--model {folder}: no model_index.json in it; expected a diffusers pipeline's folder")
@@ -100,10 +110,9 @@ def _load_folder(folder, dtype, variant):
                 + (f", only {pickles[0]}, a pickle, which can run code; save the model with safe_serialization=True"
                    if pickles else "; download the model again")
             )  # fmt: skip
-    return _from_pretrained(str(folder), dtype, variant)
 
 
-def _load_hub(name, dtype, variant):
+def _check_hub(name):
     from huggingface_hub import errors, hf_hub_download
 
     try:
@@ -120,7 +129,6 @@ def _load_hub(name, dtype, variant):
     except (OSError, errors.HTTPError):  # the second from its HTTP library, whichever that is
         raise _no_network(name) from None
     _check_class(Path(index), name)
-    return _from_pretrained(name, dtype, variant)
 
 
 def _no_network(name):
@@ -138,17 +146,19 @@ def _check_class(index, where):
         raise UserError(f"--model {where} is a {got}; expected a {' or '.join(FAMILIES)}{other}")
 
 
-def _from_pretrained(source, dtype, variant):
+def _load_pipeline(source, dtype, variant):
     from diffusers import StableDiffusionPipeline
 
     with _explained(f"--model {source} could not be loaded (is it whole? does it need another --variant?)"):
         return StableDiffusionPipeline.from_pretrained(
-            source, dtype=dtype, variant=variant, use_safetensors=True,
+            str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source,
+            dtype=dtype, variant=variant, use_safetensors=True,
             safety_checker=None, requires_safety_checker=False,
         )  # fmt: skip
 
 
-def _add_lora(pipe, lora):
+def _parse_lora(lora):
+    """PATH_OR_ID[:SCALE] -> (source, scale), of a source that may exist."""
     source, _, scale = lora.rpartition(":")
     try:
         source, scale = (source, float(scale)) if source else (lora, 1.0)
@@ -161,6 +171,12 @@ def _add_lora(pipe, lora):
         raise UserError(f"--lora {source}: only .safetensors files are read, since a pickle can run code")
     if not path.exists() and not _may_be_hub_id(source):
         raise UserError(f"--lora {source}: no such file or folder; expected one, or a hub id such as owner/name")
+    return source, scale
+
+
+def _add_lora(pipe, lora):
+    source, scale = _parse_lora(lora)
+    path = Path(source).expanduser()
     with _explained(f"--lora {source} could not be added"):
         if path.is_file():
             pipe.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)

@@ -5,6 +5,8 @@ import re
 
 import torch
 
+from dno.errors import UserError
+
 # Share of the free memory that the sampler's graphs may take; decoder, reward and fragmentation need the rest.
 SHARE = 0.5
 
@@ -26,7 +28,8 @@ def graph_bytes(function):
     kept = {}
 
     def pack(tensor):
-        if not isinstance(tensor, torch.nn.Parameter):
+        whole = tensor if tensor._base is None else tensor._base  # a linear layer keeps a view of its weight
+        if not isinstance(whole, torch.nn.Parameter):
             storage = tensor.untyped_storage()
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -40,7 +43,7 @@ def graph_bytes(function):
 def choose_checkpointing(one_step, num_steps, device):
     """`none`, `step` or `block`: the fastest way that fits well into the free memory.
 
-    one_step: a function that runs one step of the sampler with a graph.
+    one_step: a function that runs one step of the sampler with a graph; num_steps: how many of them have one.
     """
     free = free_bytes(device)
     if free is None:
@@ -91,19 +94,19 @@ OUT_OF_MEMORY = (
 
 
 @contextlib.contextmanager
-def out_of_memory_explained(error):
-    """Turn an allocator's failure into `error(OUT_OF_MEMORY)`."""
+def out_of_memory_explained():
+    """Turn an allocator's failure into a UserError that names the flags to lower."""
     try:
         yield
     except Exception as failure:
         if is_out_of_memory(failure):
-            raise error(OUT_OF_MEMORY) from failure
+            raise UserError(OUT_OF_MEMORY) from failure
         raise
 
 
 def is_out_of_memory(error):
     """Whether an allocator failed. Those of the CPU and of MPS have no exception class of their own."""
-    words = "can't allocate memory|not enough memory|out of memory"
+    words = "can't allocate memory|not enough memory|out of memory|ALLOC_FAILED"
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
     )

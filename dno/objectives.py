@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import re
+import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,15 @@ def parse_objective(text, zoo):
     return Objective(match["name"], weight, zoo[match["name"]])
 
 
+def parse_evaluations(texts, zoo):
+    """Rewards to watch: as `parse_objectives`, without weights. Raises UserError."""
+    evaluations = parse_objectives(texts, zoo)
+    for text, evaluation in zip(texts, evaluations, strict=True):
+        if evaluation.weight != 1:
+            raise UserError(f"--evaluate {text}: a reward that is only recorded has no weight; leave it out")
+    return evaluations
+
+
 def parse_objectives(texts, zoo):
     """A list of objectives with names of their own, in order. Raises UserError."""
     objectives = [parse_objective(text, zoo) for text in texts]
@@ -70,8 +80,9 @@ def _function_of_file(file, function):
     path = Path(file).expanduser()
     if not path.is_file():
         raise UserError(f"{file} does not exist; expected a Python file with the loss factory {function}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and pickles look for it
     with _one_line(f"{file} could not be imported"):
         spec.loader.exec_module(module)
     factory = getattr(module, function, None)

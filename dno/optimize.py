@@ -52,15 +52,15 @@ class ImageState:
 
     def observe(self, step, image, rules):
         """Keep the best, and stop where a rule says so. `last` holds the metrics of this step."""
-        reward, typical = self.last["reward"], self.last["probability"]
-        if rules.min_probability is not None and typical < rules.min_probability:
-            self.stopped = f"P(z) {typical:.2g} fell below {rules.min_probability:g}"
+        reward, p = self.last["reward"], self.last["probability"]
+        if rules.min_probability is not None and p < rules.min_probability:
+            self.stopped = f"P(z) {p:.2g} fell below {rules.min_probability:g}"
         elif math.isfinite(reward) and reward > self.best_reward:
             self.best_reward, self.best_step = reward, step
             self.best_image, self.best_noise = image.clone(), self.noise.detach().clone()
-        if rules.target_reward is not None and self.best_reward >= rules.target_reward:
+        if not self.stopped and rules.target_reward is not None and self.best_reward >= rules.target_reward:
             self.stopped = f"reward {self.best_reward:.4g} reached the target {rules.target_reward:g}"
-        if rules.patience is not None and step - (self.best_step or 0) >= rules.patience:
+        if not self.stopped and rules.patience is not None and step - (self.best_step or 0) >= rules.patience:
             self.stopped = f"no better reward in {rules.patience} iterations"
 
     def update(self, gradient, max_grad_norm):

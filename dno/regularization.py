@@ -28,7 +28,9 @@ def log_probability_bounds(mean, second_moment, m):
     deviation = second_moment - torch.eye(k, dtype=mean.dtype, device=mean.device)
     # Symmetric, so the spectral norm is the largest eigenvalue in size. MPS has no eigenvalue solver.
     deviation = deviation.cpu() if deviation.device.type == "mps" else deviation
-    m2 = torch.linalg.eigvalsh(deviation).abs().amax(dim=-1).to(mean.device)
+    finite = deviation.isfinite().flatten(-2).all(dim=-1)  # squares that overflow: improbable, and no error
+    m2 = torch.linalg.eigvalsh(deviation.where(finite[..., None, None], 0)).abs().amax(dim=-1)
+    m2 = m2.where(finite, torch.inf).to(mean.device)
     excess = ((1 + m2).sqrt() - 1 - math.sqrt(k / m)).clamp(min=0)
     log_p1 = -m * mean.square().sum(dim=-1) / (2 * k)
     log_p2 = -m * excess.square() / 2

@@ -1,4 +1,4 @@
-"""The output folder of one run. Nothing else writes files."""
+"""The output folder of one run. Only this and the pictures of `figures` write files."""
 
 import contextlib
 import errno

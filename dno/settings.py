@@ -192,6 +192,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value > 1:
                 raise UserError(f"--{name} is {value:g}; expected a number from 0 to 1")
+        if self.seed + self.batch_size > 2**63:
+            raise UserError(f"--seed is {self.seed}; expected less than 2 ** 63")
         if self.opt_time > self.num_steps:
             raise UserError(f"--opt_time {self.opt_time} is above --num_steps; expected 1 to {self.num_steps}")
         if self.eta == 0 and self.opt_time < self.num_steps:

@@ -1,6 +1,6 @@
 """Score pictures from the command line.
 
-    python -m rewards score --reward aesthetic hps --prompt "white duck" output/*/final.png
+    python -m rewards score --reward aesthetic hps --prompt "white duck" output/*/best.png
     python -m rewards score --reward pick --prompt "white duck" --csv scores.csv runs/
     python -m rewards list
 
@@ -9,6 +9,7 @@ A folder stands for the pictures in it and below. The score is the reward: highe
 
 import argparse
 import csv
+import os
 import sys
 from pathlib import Path
 
@@ -71,6 +72,10 @@ def score(args):
     files = find(args.images)
     if args.csv:
         check_writable(args.csv)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise rewards.RewardError(f"--device {args.device}: this torch has no such device; try cpu") from error
     rewards.configure_from(args)
     dtype = rewards.PRECISIONS[args.reward_precision]
     table = {file: {} for file in files}
@@ -91,7 +96,10 @@ def find(paths):
     files = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            inside = sorted(
+                file for file in path.rglob("*")
+                if file.suffix.lower() in SUFFIXES and file.stem != "evolution"  # a run's contact sheet
+            )  # fmt: skip
             if not inside:
                 raise rewards.RewardError(f"no pictures in the folder {path}: expected {', '.join(SUFFIXES)}")
             files += inside
@@ -117,11 +125,8 @@ def check_writable(file):
     """Find out before the models load whether the CSV can be written."""
     if file.is_dir() or not file.parent.is_dir():
         raise rewards.RewardError(f"--csv got {file}: expected a file in a folder that exists")
-    try:
-        with open(file, "a"):
-            pass
-    except OSError as error:
-        raise rewards.RewardError(f"--csv cannot write {file}: {error.strerror}") from error
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise rewards.RewardError(f"--csv cannot write {file}: permission denied")
 
 
 def progress(files, name, shown):

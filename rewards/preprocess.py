@@ -30,6 +30,8 @@ def normalize(pixels, mean=CLIP_MEAN, std=CLIP_STD):
 def resize(pixels, height, width, mode="bicubic"):
     if pixels.shape[-2:] == (height, width):
         return pixels
+    if pixels.device.type == "mps":  # where not every torch has the backward of an antialiased resize
+        return resize(pixels.cpu(), height, width, mode).to(pixels.device)
     return F.interpolate(pixels, (height, width), mode=mode, antialias=True, align_corners=False)
 
 

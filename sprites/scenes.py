@@ -10,7 +10,6 @@ Coordinates inside a drawing run from -1 to 1, x to the right and y down; `Pen` 
 """
 
 import colorsys
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,11 +43,6 @@ def caption(colour, thing, article=False):
     """The prompt a scene answers to: "white duck", or with its article "a white duck"."""
     words = f"{colour} {thing}"
     return f"{'an' if colour[0] in 'aeiou' else 'a'} {words}" if article else words
-
-
-def unknown_words(prompt):
-    """The words of a prompt that the model has never read, in order: it can only ignore or misread them."""
-    return [word for word in re.findall(r"[^\W_]+", prompt.lower()) if word not in WORDS]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,10 @@ def test_commands_parse(command):
     Settings(**parse(parser, shlex.split(command))).resolve()
 
 
+def test_nothing_is_left_open():
+    assert "@@" not in README
+
+
 def test_there_are_commands():
     assert len(COMMANDS) > 5
 

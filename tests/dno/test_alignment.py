@@ -64,6 +64,16 @@ def test_checkpointing_changes_no_bit(quick, checkpointing):
     assert torch.equal(result.noise, plain.noise) and torch.equal(result.images, plain.images)
 
 
+def test_checkpointing_is_not_left_on_for_the_next_run(tiny_model):
+    align(model=tiny_model, num_steps=2, opt_steps=1, checkpointing="block")
+    assert not tiny_model.unet.is_gradient_checkpointing
+
+
+def test_noise_that_overflows_is_named_not_a_traceback(quick):
+    with pytest.warns(UserWarning, match="its step is skipped"), pytest.raises(UserError, match="lower --lr"):
+        quick(lr=1e20, opt_steps=9)
+
+
 def test_only_the_noises_that_count_move(quick):
     untouched = quick(opt_steps=1, lr=0.05).noise
     last = quick(opt_time=1).noise
@@ -107,6 +117,11 @@ def test_a_loaded_model_is_used_and_kept(quick, tiny_model):
     assert torch.equal(first.noise, second.noise) and torch.equal(first.noise, quick().noise)
 
 
+def test_a_loaded_model_takes_no_settings_of_loading(tiny_model):
+    with pytest.raises(UserError, match="lora, precision: the model is loaded already"):
+        align(model=tiny_model, lora="x.safetensors", precision="bf16")
+
+
 def test_negative_prompt_and_guidance_matter(quick):
     plain = quick(opt_steps=1).images
     assert not torch.equal(quick(opt_steps=1, negative_prompt="red car").images, plain)
@@ -128,7 +143,13 @@ def test_sizes(quick):
         ({"num_steps": 1001}, "--num_steps 1001 asks for timesteps past the model's last, 999"),
         ({"objective": "jpeg"}, "'jpeg' is not differentiable; use dno_stable_diffusion_nograd.py"),
         ({"nonsense": 1}, "no setting nonsense"),
-        ({"noise": torch.zeros(3, 1, 4, 8, 8)}, "for --num_steps 2 --batch_size 1 --height 16"),
+        ({"noise": torch.zeros(3, 1, 4, 8, 8)}, "for --num_steps 2 --batch_size 1; got 3 and 1"),
+        ({"noise": torch.zeros(4, 1, 4, 8, 4)}, "4 channels for --height 16 --width 8; got 4, 16 and 16"),
+        ({"noise": torch.zeros(4, 4, 8, 8)}, "expected a finite float tensor"),
+        ({"seed": 2**63}, "expected less than 2 \\*\\* 63"),
+        ({"lora": "no/such.safetensors"}, "no such file or folder"),
+        ({"evaluate": "jpeg:2"}, "has no weight"),
+        ({"evaluate": "black"}, "both an objective and an evaluation"),
     ],
     ids=lambda value: str(value)[:20],
 )

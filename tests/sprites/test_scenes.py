@@ -14,7 +14,6 @@ from sprites.scenes import (
     render,
     scene,
     scenes,
-    unknown_words,
 )
 from sprites.tokens import MAX_LENGTH, build_tokenizer, byte_pair_merges, token_ids
 
@@ -72,9 +71,3 @@ def test_every_caption_is_made_of_single_tokens():
 def test_merges_join_every_word_and_do_not_depend_on_the_order_of_words():
     assert len(byte_pair_merges(WORDS)) == len(set(byte_pair_merges(WORDS)))
     assert byte_pair_merges(WORDS) == byte_pair_merges(WORDS[::-1])
-
-
-def test_unknown_words_are_found():
-    assert unknown_words("a white duck") == []
-    assert unknown_words("White duck, 3 zebras!") == ["3", "zebras"]
-    assert unknown_words("") == []
