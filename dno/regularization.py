@@ -104,11 +104,16 @@ def _shuffled_order(values, k, permutations, generator):
     shuffles = torch.stack([torch.randperm(num_segments, generator=generator) for _ in range(permutations)])
     columns = shuffles.view(permutations, k, -1).to(values.device)  # (P, k, R/k): the segments of each column
 
-    mean = segments.sum(dim=1)[columns].sum(dim=-1) / m  # (P, k)
-    products = segments @ segments.T  # (R, R)
-    pairs = products[columns[:, :, None], columns[:, None, :]]  # (P, k, k, R/k)
+    mean = _pick(segments.sum(dim=1), columns).sum(dim=-1) / m  # (P, k)
+    products = (segments @ segments.T).flatten()  # (R R,)
+    pairs = _pick(products, columns[:, :, None] * num_segments + columns[:, None, :])  # (P, k, k, R/k)
     log_p1, log_p2 = log_probability_bounds(mean, pairs.sum(dim=-1) / m, m)
     return (log_p1 + log_p2).mean()
+
+
+def _pick(values, index):
+    """values[index], whose gradient on a CPU adds up in a fixed order: that of indexing depends on the threads."""
+    return values.index_select(0, index.flatten()).view(index.shape)
 
 
 def _num_segments(size, k):

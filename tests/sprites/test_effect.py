@@ -7,7 +7,7 @@ from dno import align
 from sprites import judge
 
 JUDGE = f"{judge.__file__}:judge_loss_fn"
-SETTINGS = {"prompt": "white duck", "num_steps": 10, "opt_steps": 26, "lr": 0.01, "seed": 3}
+SETTINGS = {"prompt": "white duck", "num_steps": 10, "opt_steps": 31, "lr": 0.02, "seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_the_regularizer_keeps_the_noise_probable_at_equal_reward_and_the_duck_a
 
 
 def test_the_spectral_step_is_quick(model):
-    settings = {**SETTINGS, "lr": 0.02, "opt_steps": 8}
+    settings = {**SETTINGS, "opt_steps": 8}
     metrics = align(model=model, objective="black", evaluate=JUDGE, precondition="spectral", **settings).metrics
     best = max((m for m in metrics if m["judge"] > 0.9), key=lambda m: m["black"])
     assert best["black"] > metrics[0]["black"] + 0.3
