@@ -1,16 +1,15 @@
 """The `sprites` reward with the embedded CLIP's real weights, on drawn scenes."""
 
+import math
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import rewards
-
-CLIP = rewards.MODELS["sprites"].folder
-if not (CLIP / "model.safetensors").exists():
-    pytest.skip(f"{CLIP.name} of the embedded model is not there yet", allow_module_level=True)
-
-from sprites.scenes import COLOURS, PAIRS, caption, scene  # noqa: E402
+from sprites.scenes import COLOURS, PAIRS, caption, scene
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +82,22 @@ def test_half_precision_and_loaded_file(score):
     (entry,) = [entry for entry in rewards.loaded_files() if entry["model"] == "sprites"]
     assert entry["file"] == "model.safetensors" and len(entry["sha256"]) == 64
     assert len(COLOURS) == 8
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_keeps_a_large_logit_scale(tmp_path, precision):
+    """With the scale of CLIP and PickScore, 100, a score is within 1e-2 of itself: ln 100 in bfloat16 would not be."""
+    folder = shutil.copytree(rewards.MODELS["sprites"].folder, tmp_path / "clip", copy_function=shutil.copyfile)
+    weights = load_file(folder / "model.safetensors")
+    weights["logit_scale"] = torch.tensor(math.log(100))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    images = torch.cat([draw("white", "duck", seed) for seed in range(4)])
+    rewards.configure(sprites_path=folder)
+    try:
+        full, half = (
+            rewards.RFUNCTIONS["sprites"](rewards.PRECISIONS[name], "cpu")(images, ["white duck"] * 4)
+            for name in ("fp32", precision)
+        )
+    finally:
+        rewards.configure()
+    torch.testing.assert_close(half, full, rtol=1e-2, atol=0)
