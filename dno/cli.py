@@ -104,7 +104,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         shown = action.default if not isinstance(action.default, list | tuple) else " ".join(action.default)
-        if shown in (None, False, "", argparse.SUPPRESS) or "default" in action.help:
+        if shown is None or shown is False or shown in ("", argparse.SUPPRESS) or "default" in action.help:
             return action.help
         return f"{action.help} [{shown}]"
 

@@ -91,6 +91,7 @@ def test_help_names_every_flag_and_reward_and_the_commands():
     assert all(name in text for name in RFUNCTIONS) and "jpeg (--evaluate only)" in " ".join(text.split())
     assert "python script.py --prompt x" in text and "FILE.py:FUNCTION" in text and "exit codes: 0 done" in text
     assert max(map(len, text.splitlines())) <= 120
+    assert "has seed + b [0]" in text and "0 = none [0.0]" in text, "a default of 0 is a default too"
 
 
 @pytest.mark.parametrize("name", [setting.name for setting in fields(Settings) if setting.metadata["group"]])
