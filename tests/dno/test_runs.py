@@ -182,33 +182,33 @@ def test_a_full_disk_leaves_the_old_files_whole(written):
         written.log({"step": 1})
 
 
-@pytest.fixture
-def file_size_limit():
-    """limit(n): no file may grow over n bytes, until the test is over."""
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """Inside, no file of this process may grow over so many bytes; so nothing but the writing in question goes here."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("room", [0, 1, 20, 37])
-def test_a_line_that_does_not_fit_leaves_no_half_line(written, file_size_limit, room):
+def test_a_line_that_does_not_fit_leaves_no_half_line(written, room):
     path = written.folder / "metrics.jsonl"
     before, line = path.read_bytes(), {"step": 1, "reward": 0.123456789012345}
-    file_size_limit(len(before) + room)
-    with refused("cannot write", "metrics.jsonl"):
+    with files_of_at_most(len(before) + room), refused("cannot write", "metrics.jsonl"):
         written.log(line)
     assert path.read_bytes() == before
-    file_size_limit(len(before) + 1000)
     written.log(line)  # there is room again
     assert [json.loads(text)["step"] for text in path.read_text().splitlines()] == [0, 1]
 
 
-def test_a_file_that_does_not_fit_leaves_nothing(written, file_size_limit):
+def test_a_file_that_does_not_fit_leaves_nothing(written):
     before = contents(written.folder)
-    file_size_limit(20)
-    fill(written)
-    file_size_limit(10**9)
+    with files_of_at_most(20):
+        fill(written)
     assert contents(written.folder) == before
 
 
