@@ -83,6 +83,12 @@ class StableDiffusion:
             raise UserError(
                 f"the model predicts {self.prediction_type!r}; expected one of {', '.join(_CLEAN_AND_NOISE)}"
             )
+        channels, wanted = pipe.vae.config.latent_channels, pipe.unet.config.in_channels
+        if wanted != channels:
+            raise UserError(
+                f"the model's UNet takes {wanted} channels and its VAE has {channels}: it wants more than noise and a "
+                "prompt, as models for inpainting do; expected a text-to-image model"
+            )
         alpha_bar = self.scheduler.alphas_cumprod.double()
         self._alpha, self._sigma = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()
 

@@ -20,7 +20,7 @@ class Screen:
         rows = {
             "model": f"{run['model']} ({run['prediction_type']}), {size}, {run['precision']} on {run['device']}",
             "prompt": f"{run['prompt']!r}" + (f", not {run['negative_prompt']!r}" if run["negative_prompt"] else ""),
-            "reward": run["climbs"] + (f"; watching {', '.join(run['evaluate'])}" if run["evaluate"] else ""),
+            "reward": run["climbs"] + (f"; watching {', '.join(run['watched'])}" if run["watched"] else ""),
             "sampling": f"{run['num_steps']} steps, eta {run['eta']:g}, guidance {run['guidance_scale']:g}, "
             f"seed {run['seed']}, {images}",
             "optimizing": f"{'x_T' if run['eta'] == 0 else noises}, {run['opt_steps']} iterations, {step}, "

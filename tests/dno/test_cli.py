@@ -257,6 +257,12 @@ def test_a_long_prompt_is_one_warning_on_the_screen(call, no_pictures):
     assert said == ["warning: the prompt has 77 tokens, the model takes 75; cut: 'y z'"]
 
 
+def test_the_banner_names_a_reward_of_ones_own_as_the_metrics_do(call, reward, no_pictures):
+    objective = reward("return images.mean(dim=(1, 2, 3))")
+    code, out, _ = call(f"--objective black --evaluate {objective.split()[1]} --opt_steps 1")
+    assert code == 0 and "black; watching score\n" in out
+
+
 def test_an_empty_prompt_is_allowed(call, no_pictures):
     code, _, err = call("--opt_steps 1 --prompt '' --negative_prompt ''")
     assert code == 0 and "warning" not in err

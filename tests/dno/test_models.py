@@ -250,3 +250,9 @@ def test_block_checkpointing_gives_the_same_gradient(tiny_model, recompute):
     torch.testing.assert_close(gradients(tiny_model, recompute=recompute), expected)
     tiny_model.checkpoint_blocks(False)
     assert not (tiny_model.unet.is_gradient_checkpointing or tiny_model.vae.is_gradient_checkpointing)
+
+
+def test_a_model_that_wants_more_than_noise_is_refused(tiny_model):
+    tiny_model.pipe.unet.register_to_config(in_channels=9)
+    with pytest.raises(UserError, match="UNet takes 9 channels and its VAE has 4.*inpainting"):
+        StableDiffusion(tiny_model.pipe, "inpainting")
