@@ -1,6 +1,9 @@
 """The command line of the scripts, made of `dno.settings.Settings`."""
 
 import argparse
+import copy
+import functools
+import shlex
 import signal
 import sys
 import textwrap
@@ -15,6 +18,20 @@ from rewards import MODELS, RFUNCTIONS
 
 # Exit codes: 2 bad input (argparse's own), 130 Ctrl-C, 143 SIGTERM: 128 + the signal's number, as shells have it.
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+
+# Flags of the command line alone: (help, keywords of add_argument).
+RUN_FLAGS = {
+    "prompts": (
+        "one run for each line of this file, instead of --prompt; the same command again goes on with what is missing",
+        {"metavar": "FILE"},
+    ),
+    "seeds": ("one run for each of these seeds, instead of --seed", {"metavar": "SEED", "type": int, "nargs": "+"}),
+    "resume": (
+        "go on with the run in this folder, in place; its flags are the run's, and those that change no result (such "
+        "as --opt_steps) may be given anew",
+        {"metavar": "RUN_FOLDER"},
+    ),
+}
 
 EXIT_CODES = "exit codes: 0 done, 2 bad input or a fault that the one-line message names, 130 Ctrl-C, 143 SIGTERM"
 
@@ -55,14 +72,29 @@ def build_parser(description, defaults):
         )
     for model in MODELS.values():
         groups["reward models"].add_argument(f"--{model.setting}", metavar="PATH", help=model.help)
+    group = parser.add_argument_group("several runs, and runs gone on with")
+    for name, (help, argument) in RUN_FLAGS.items():
+        group.add_argument(f"--{name}", help=help, **argument)
     return parser
 
 
 def parse(parser, arguments=None):
-    """The flags as keywords of `Settings`."""
-    settings = vars(parser.parse_args(arguments))
-    paths = {model.setting: settings.pop(model.setting) for model in MODELS.values()}
-    return {**settings, "reward_paths": {name: path for name, path in paths.items() if path}}
+    """The flags: (keywords of `Settings`, which of them were given, the values of RUN_FLAGS)."""
+    flags = vars(parser.parse_args(arguments))
+    given = set(vars(_without_defaults(parser).parse_args(arguments)))
+    run = {name: flags.pop(name) for name in RUN_FLAGS}
+    paths = {model.setting: flags.pop(model.setting) for model in MODELS.values()}
+    if given & paths.keys():
+        given.add("reward_paths")
+    flags["reward_paths"] = {name: path for name, path in paths.items() if path}
+    return flags, given & flags.keys(), run
+
+
+def _without_defaults(parser):
+    parser = copy.deepcopy(parser)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return parser
 
 
 def main(description, prefix, **defaults):
@@ -71,29 +103,84 @@ def main(description, prefix, **defaults):
     description: the script's docstring: a summary line, then the commands to try.
     prefix: of the run folder's name.
     """
-    arguments = parse(build_parser(description, defaults))
-    screen = None
+    settings, given, run = parse(build_parser(description, defaults))
     signal.signal(signal.SIGTERM, _terminate)
     warnings.showwarning = _show_warning
+    work = _Work(settings, given, run, prefix)
     try:
-        Settings(**arguments).resolve()  # before the libraries, which take seconds to import
-        from dno.alignment import align
-        from dno.screen import Screen
-
-        screen = Screen()
-        align(**arguments, prefix=prefix, screen=screen)
+        work.check()  # before the libraries, which take seconds to import
+        work.run()
     except UserError as error:
-        print(f"error: {error}{_what_is_kept(screen)}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        work.end(f"error: {error}", BAD_INPUT)
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, Terminated)
-        print(f"stopped by {'SIGTERM' if terminated else 'Ctrl-C'}{_what_is_kept(screen)}", file=sys.stderr)
-        sys.exit(TERMINATED if terminated else INTERRUPTED)
+        work.end(f"stopped by {'SIGTERM' if terminated else 'Ctrl-C'}", TERMINATED if terminated else INTERRUPTED)
+    except BaseException as error:
+        if work.team:
+            work.team.failed(f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        if work.team:
+            work.team.close()
 
 
-def _what_is_kept(screen):
-    found = screen and screen.folder and Path(screen.folder).is_dir()  # gone where nothing was found
-    return f"; what was found is in {screen.folder}" if found else ""
+class _Work:
+    """What a command line asks for: one run, a run gone on with, or several."""
+
+    def __init__(self, settings, given, run, prefix):
+        self.settings, self.given, self.prefix = settings, given, prefix
+        self.prompts, self.seeds, self.resume = run["prompts"], run["seeds"], run["resume"]
+        self.screen, self.team = None, None
+
+    def check(self):
+        if self.resume is None:
+            return Settings(**self.settings).resolve()
+        if self.prompts or self.seeds:
+            raise UserError(
+                "--resume goes on with one run; to go on with several, repeat the command of --prompts or --seeds"
+            )
+        self.settings = {name: value for name, value in self.settings.items() if name in self.given}
+
+    def run(self):
+        from dno.alignment import align
+        from dno.screen import Screen
+        from dno.sweep import sweep
+        from dno.team import join_team
+
+        device, timeout = self.settings.get("device", "auto"), self.settings.get("timeout", Settings.timeout)
+        self.team = join_team(device, timeout)
+        if not self.team.leads:
+            warnings.showwarning = functools.partial(_show_warning, rank=self.team.rank)
+        if self.prompts or self.seeds:
+            return sweep(self.settings, self.prompts, self.seeds, self.prefix, self.team)
+        if self.team.size > 1 and self.settings.get("estimator") == "backprop":
+            raise UserError(
+                f"{self.team.size} processes and one run; give --prompts or --seeds, which are shared out to them, or "
+                "--estimator hybrid, which shares out samples"
+            )
+        self.screen = Screen() if self.team.leads else None
+        align(**self.settings, prefix=self.prefix, screen=self.screen, team=self.team, resume=self.resume)
+
+    def end(self, why, code):
+        """Say why, what is left and how to go on, and exit."""
+        other = self.team and self.team.cause()
+        if self.team:
+            self.team.failed(why)
+        if not self.team or self.team.leads:
+            because = f" ({other})" if other and other not in why else ""
+            print(f"{why}{because}{self._what_is_kept()}", file=sys.stderr)
+        elif not other:
+            print(f"rank {self.team.rank}: {why}", file=sys.stderr)
+        sys.exit(code)
+
+    def _what_is_kept(self):
+        folder = self.screen and self.screen.folder
+        if not folder or not Path(folder).is_dir():  # gone where nothing was found
+            return ""
+        if not (Path(folder) / "checkpoints").is_dir():
+            return f"; what was found is in {folder}"
+        command = f"python {Path(sys.argv[0]).name} --resume {shlex.quote(str(folder))}"
+        return f"; what was found is in {folder}, to go on:\n  {command}"
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -118,9 +205,8 @@ def _terminate(number, frame):
     raise Terminated
 
 
-def _show_warning(message, category, filename, lineno, file=None, line=None):
+def _show_warning(message, category, filename, lineno, file=None, line=None, rank=0):
     # tqdm.write keeps the line clear of the progress bar.
     from tqdm import tqdm
 
-    tqdm.write(f"warning: {message}", file=sys.stderr)
-
+    tqdm.write(f"warning: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr)

@@ -33,17 +33,29 @@ class Backpropagation:
     free: slice of the noises that are optimized; the others get no gradient, and no work is done for it.
     """
 
+    no_gradient = "use dno_stable_diffusion_nograd.py for rewards without a gradient"
+
     def __init__(self, render, loss, free):
         self.render, self.loss, self.free = render, loss, free
 
-    def __call__(self, noise, images):
+    def __call__(self, noise, images, step=0):
         """noise: (T + 1, B, C, h, w); images: the B indices of the images in the batch that it is for."""
-        noises = list(noise.detach().unbind())
-        leaves = [z.requires_grad_() for z in noises[self.free]]
-        pixels = self.render(noises, images)
+        leaves, pixels = with_graph(self.render, noise, images, self.free)
         losses, rewards = self.loss(pixels, images)
         # The losses are summed, never averaged, so each image gets the gradient that it would get alone; one that is
         # not finite is left out of the sum, where it could only do harm.
-        total = torch.where(losses.isfinite(), losses, 0).sum()
-        gradient = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
-        return Estimate(pixels.detach(), losses.detach(), rewards, torch.stack(gradient))
+        gradient = pull_back(leaves, torch.where(losses.isfinite(), losses, 0).sum())
+        return Estimate(pixels.detach(), losses.detach(), rewards, gradient)
+
+
+def with_graph(render, noise, images, free):
+    """Render: (the free noises as leaves of the graph, the images (B, 3, H, W))."""
+    noises = list(noise.detach().unbind())
+    leaves = [z.requires_grad_() for z in noises[free]]
+    return leaves, render(noises, images)
+
+
+def pull_back(leaves, result, direction=None):
+    """The gradient of `result`, or of its product with `direction`, in the leaves: (N, B, C, h, w)."""
+    gradient = torch.autograd.grad(result, leaves, direction, allow_unused=True, materialize_grads=True)
+    return torch.stack(gradient)

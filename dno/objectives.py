@@ -5,6 +5,7 @@ import math
 import re
 import sys
 import traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,10 @@ METRICS = (
     "step", "reward", "rewards", "regularizer", "probability", "probability_min", "grad_norm", "seconds",
     "peak_memory_gb", "images",
 )  # fmt: skip
+
+
+class RewardFailed(UserError):
+    """A reward raised an exception."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +132,26 @@ class Losses:
         """
         total, rewards = 0, {}
         for objective in self.objectives:
-            with _one_line(f"the reward {objective.name!r} failed"):
+            with _one_line(f"the reward {objective.name!r} failed", RewardFailed):
                 losses = self.loss_fns[objective.name](images, prompts)
             losses = _checked(losses, objective.name, images)
             total = total + objective.weight * losses
             rewards[objective.name] = -losses.detach()
         return total, rewards
+
+    @torch.no_grad()
+    def forgiving(self, images, prompts):
+        """As the call, without gradients; an image for which a reward raises has NaN for loss, with a warning."""
+        try:
+            return self(images, prompts)
+        except RewardFailed as failure:
+            if len(images) > 1:  # find out which
+                each = [self.forgiving(images[b : b + 1], prompts[b : b + 1]) for b in range(len(images))]
+                losses, rewards = zip(*each)
+                return torch.cat(losses), {name: torch.cat([r[name] for r in rewards]) for name in rewards[0]}
+            warnings.warn(str(failure), stacklevel=2)
+            lost = images.new_full((1,), math.nan)
+            return lost, {objective.name: lost for objective in self.objectives}
 
 
 def _checked(losses, name, images):
@@ -157,8 +176,8 @@ def _no_gradient(name):
 class _one_line:
     """Turn any exception of a user's reward into one line that says where it was raised."""
 
-    def __init__(self, what):
-        self.what = what
+    def __init__(self, what, kind=UserError):
+        self.what, self.kind = what, kind
 
     def __enter__(self):
         return self
@@ -171,7 +190,7 @@ class _one_line:
         frame = traceback.extract_tb(trace)[-1]
         message = " ".join(str(error).split()) or "no message"
         where = f"{Path(frame.filename).name}:{frame.lineno}"
-        raise UserError(f"{self.what}: {kind.__name__}: {message} ({where})") from error
+        raise self.kind(f"{self.what}: {kind.__name__}: {message} ({where})") from error
 
 
 def describe(objectives):

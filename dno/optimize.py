@@ -9,6 +9,7 @@ import torch
 
 from dno.errors import UserError
 from dno.regularization import probability, probability_min
+from dno.stopping import signals_wait
 
 # Iterations in a row without a finite reward and gradient after which an image is given up.
 MAX_BAD_STEPS = 3
@@ -50,6 +51,27 @@ class ImageState:
     bad_steps: int = 0
     stopped: str | None = None
 
+    def pack(self):
+        """(tensors by name, the rest as plain values): all but the best image, which its noise gives."""
+        tensors = {"noise": self.noise.detach(), "best_noise": self.best_noise}
+        moments = self.optimizer.state_dict()["state"].get(0, {})
+        tensors |= {f"optimizer.{name}": value for name, value in moments.items() if isinstance(value, torch.Tensor)}
+        names = ("last", "best_reward", "best_step", "bad_steps", "stopped")
+        tensors = {name: value for name, value in tensors.items() if value is not None}
+        return tensors, {name: getattr(self, name) for name in names}
+
+    def unpack(self, tensors, values):
+        """Take back what `pack` gave."""
+        with torch.no_grad():
+            self.noise.copy_(tensors["noise"])
+        moments = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": {0: moments} if moments else {}, "param_groups": groups})
+        if "best_noise" in tensors:
+            self.best_noise = tensors["best_noise"].to(self.noise.device)
+        for name, value in values.items():
+            setattr(self, name, value)
+
     def observe(self, step, image, rules):
         """Keep the best, and stop where a rule says so. `last` holds the metrics of this step."""
         reward, p = self.last["reward"], self.last["probability"]
@@ -79,37 +101,45 @@ class ImageState:
         return True
 
 
-def optimize_noise(
-    source, noise, free, make_optimizer, regularizer, *,
-    gamma=0.0, opt_steps=100, max_grad_norm=1.0, rules=StopRules(), subsample=1, evaluate=None, report=None,
-):  # fmt: skip
-    """Climb the reward: minimize loss + gamma * regularizer over the noise. Returns one `ImageState` an image.
+def begin(noise, make_optimizer):
+    """The states of B images before the first iteration.
 
-    source: (noise (T + 1, B, C, h, w), images) -> `Estimate`; `images` are the indices of the B images in the batch.
-    noise: (T + 1, B, C, h, w), where to start; it is not changed.
+    noise: (T + 1, B, C, h, w), where to start; it is copied. make_optimizer: list of parameters -> optimizer.
+    """
+    leaves = [z.detach().clone().requires_grad_() for z in noise.unbind(1)]
+    return [ImageState(z, make_optimizer([z])) for z in leaves]
+
+
+def optimize_noise(
+    source, states, free, regularizer, *, gamma=0.0, opt_steps=100, max_grad_norm=1.0, rules=StopRules(), subsample=1,
+    evaluate=None, report=None, first_step=0, seconds=0.0,
+):  # fmt: skip
+    """Climb the reward: minimize loss + gamma * regularizer over the noise of every state.
+
+    source: (noise (T + 1, B, C, h, w), images, step) -> `Estimate`; `images` are the indices of the B images in the
+        batch. Its `no_gradient` says what to do where there is none.
+    states: one `ImageState` an image, as `begin` or a checkpoint gives them; they are moved.
     free: slice of the noises that are optimized and regularized, out of the T + 1.
-    make_optimizer: list of parameters -> optimizer.
     regularizer: (noise[free], images, step) -> penalties (B,).
     evaluate: images (B, 3, H, W), indices -> rewards by name, (B,) each, which are recorded and not optimized.
-    report: called with (step, states, indices, images, seconds) after each iteration is measured and before the next.
+    report: called with (step, indices, images, seconds) when iteration `step` is done: `states` are as the next one
+        will find them. Signals wait for its end, so a stop falls between two iterations.
+    first_step, seconds: iterations and time that a resumed run has behind it.
 
     Step i measures the noise before its i-th update, so step 0 is the image without alignment.
     Raises UserError where the objective gives no gradient at step 0, or no image has a finite reward any more.
     """
-    states = []
-    for z in noise.unbind(1):
-        z = z.detach().clone().requires_grad_()
-        states.append(ImageState(z, make_optimizer([z])))
-
-    start = time.perf_counter()
-    for step in range(opt_steps):
+    start = time.perf_counter() - seconds
+    for step in range(first_step, opt_steps):
         began = time.perf_counter()
         active = [b for b, state in enumerate(states) if state.stopped is None]
+        if not active:
+            break
         batch = torch.stack([states[b].noise.detach() for b in active], dim=1)
 
-        estimate = source(batch, active)
+        estimate = source(batch, active, step)
         if step == 0:
-            _require_gradient(estimate)
+            _require_gradient(estimate, source.no_gradient)
         penalties, penalty_gradient = _penalize(regularizer, batch[free], active, step, gamma)
         gradient = torch.zeros_like(batch)
         gradient[free] = estimate.gradient
@@ -117,24 +147,22 @@ def optimize_noise(
         evaluations = evaluate(estimate.images, active) if evaluate else {}
         measured = _measure(estimate, penalties, gradient, evaluations, batch[free], subsample)
 
-        for row, b in enumerate(active):
-            states[b].last = measured[row]
-            states[b].observe(step, estimate.images[row], rules)
-            if not states[b].update(gradient[:, row], max_grad_norm):
-                _warn_of_skipped_step(step, b, states[b])
-        if rules.max_seconds is not None and time.perf_counter() - start >= rules.max_seconds:
-            for state in states:
-                state.stopped = state.stopped or f"{rules.max_seconds:g} seconds are over"
-        if report:
-            report(step, states, active, estimate.images, time.perf_counter() - began)
+        with signals_wait():
+            for row, b in enumerate(active):
+                states[b].last = measured[row]
+                states[b].observe(step, estimate.images[row], rules)
+                if not states[b].update(gradient[:, row], max_grad_norm):
+                    _warn_of_skipped_step(step, b, states[b])
+            if rules.max_seconds is not None and time.perf_counter() - start >= rules.max_seconds:
+                for state in states:
+                    state.stopped = state.stopped or f"{rules.max_seconds:g} seconds are over"
+            if report:
+                report(step, active, estimate.images, time.perf_counter() - began)
         if all(state.bad_steps >= MAX_BAD_STEPS for state in states):
             raise UserError(
                 f"no image had a finite reward and gradient for {MAX_BAD_STEPS} iterations in a row, the last at "
                 f"iteration {step}; check the objective, lower --lr, or use --precision fp32"
             )
-        if all(state.stopped for state in states):
-            break
-    return states
 
 
 def _penalize(regularizer, noise, images, step, gamma):
@@ -158,8 +186,7 @@ def _measure(estimate, penalties, gradient, evaluations, noise, subsample):
         "grad_norm": gradient.transpose(0, 1).flatten(1).norm(dim=1),
     }
     columns, objectives, evaluations = (
-        {name: values.tolist() for name, values in table.items()}
-        for table in (columns, estimate.rewards, evaluations)
+        {name: values.tolist() for name, values in table.items()} for table in (columns, estimate.rewards, evaluations)
     )
     return [
         {
@@ -171,11 +198,11 @@ def _measure(estimate, penalties, gradient, evaluations, noise, subsample):
     ]
 
 
-def _require_gradient(estimate):
+def _require_gradient(estimate, advice):
     if estimate.losses.isfinite().any() and not estimate.gradient.any():
         raise UserError(
             f"the gradient of the objective ({' + '.join(estimate.rewards)}) is zero at the first iteration, so "
-            "nothing can be optimized; use dno_stable_diffusion_nograd.py for rewards without a gradient"
+            f"nothing can be optimized; {advice}"
         )
 
 

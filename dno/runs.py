@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from dno.errors import UserError
+from dno.files import write_whole
 from dno.models import PACKAGE_ROOT
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
@@ -24,17 +25,24 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "
 class Run:
     """A folder `<output>/<prefix>-<date>-<time>/`, made here and never shared with another run.
 
-    args.json, metrics.jsonl, images/, initial.png, best.png, best_noise.safetensors, evolution.png, evolution.gif.
+    folder: this folder instead: made where it is missing, gone on with where it is not.
+    args.json, metrics.jsonl, images/, initial.png, best.png, best_noise.safetensors, evolution.png, evolution.gif,
+    result.json, and the checkpoints (see `dno.checkpoints`).
     Every file is written aside and renamed, and metrics line by line, so a stop at any moment leaves whole files.
     Each method raises UserError where the disk is full or the folder cannot be written.
     """
 
-    def __init__(self, output, prefix="SD"):
+    def __init__(self, output=None, prefix="SD", folder=None):
         stem = f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}"
-        with _disk(output):
-            Path(output).expanduser().mkdir(parents=True, exist_ok=True)
-            self.folder = _new_folder(Path(output).expanduser(), stem)
-            (self.folder / "images").mkdir()
+        with _disk(output if folder is None else folder):
+            if folder is None:
+                Path(output).expanduser().mkdir(parents=True, exist_ok=True)
+                folder = _new_folder(Path(output).expanduser(), stem)
+            self.folder = Path(folder).expanduser()
+            (self.folder / "result.json").unlink(missing_ok=True)
+            (self.folder / "images").mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     def write_args(self, args):
         """args.json: the resolved settings, the versions of the packages and the revision of this code."""
@@ -52,6 +60,29 @@ class Run:
             if file.write(line) < len(line):
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def cut_metrics(self, steps):
+        """Keep the lines of the first `steps` iterations, and return them; null, which was not finite, is NaN."""
+        path = self.folder / "metrics.jsonl"
+        try:
+            lines = path.read_bytes().splitlines(keepends=True)[:steps]
+            metrics = [_numbers(json.loads(line)) for line in lines]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}; it belongs to the run's checkpoint") from error
+        if [line["step"] for line in metrics] != list(range(steps)):
+            raise UserError(f"{path} has not the {steps} iterations that the checkpoint follows")
+        with _disk(path):
+            write_whole(path, b"".join(lines), fsync=True)
+        return metrics
+
+    def write_result(self, result):
+        """result.json, which says that the run was not cut short."""
+        found = {
+            "rewards": result.rewards.tolist(), "steps": result.steps, "stopped": result.stopped,
+            "iterations": len(result.metrics), "first": result.metrics[0], "last": result.metrics[-1],
+            "seconds": sum(metrics["seconds"] for metrics in result.metrics),
+        }  # fmt: skip
+        self._write("result.json", json.dumps(_plain(found), indent=2).encode() + b"\n")
 
     def save_image(self, name, image, index=0, **text):
         """`<name>.png`, or `<name>_b<index>.png` for a batch's further images, of an image (3, H, W) in [-1, 1].
@@ -92,13 +123,8 @@ class Run:
 
     def _write(self, name, data):
         path = self.folder / name
-        aside = path.with_name(f".{path.name}.part")
         with _disk(path):
-            try:
-                aside.write_bytes(data)
-                os.replace(aside, path)
-            finally:
-                aside.unlink(missing_ok=True)
+            write_whole(path, data)
 
 
 def load_noise(path):
@@ -144,6 +170,15 @@ def _version(package):
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _numbers(value):
+    """What `_plain` wrote, with NaN where a number was not finite."""
+    if isinstance(value, dict):
+        return {key: _numbers(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_numbers(entry) for entry in value]
+    return math.nan if value is None else value
 
 
 def _plain(value):

@@ -25,10 +25,14 @@ class Schedule:
     sigma: torch.Tensor
 
     @classmethod
-    def from_alphas_cumprod(cls, timesteps, alphas_cumprod):
-        """DDIM's variance-preserving schedule: alpha^2 = alpha_bar(t), sigma^2 = 1 - alpha^2; it ends at timestep 0."""
-        visited = torch.cat([timesteps, timesteps.new_zeros(1)])
-        alpha_bar = alphas_cumprod.double()[visited]
+    def from_alphas_cumprod(cls, timesteps, alphas_cumprod, ends_clean=False):
+        """DDIM's variance-preserving schedule: alpha^2 = alpha_bar(t), sigma^2 = 1 - alpha^2.
+
+        ends_clean: the end point is alpha = 1, sigma = 0, so that the last step gives x0; else that of timestep 0.
+        """
+        alphas_cumprod = alphas_cumprod.double()
+        end = torch.ones_like(alphas_cumprod[:1]) if ends_clean else alphas_cumprod[:1]
+        alpha_bar = torch.cat([alphas_cumprod[timesteps], end])
         return cls(timesteps, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
     @property
@@ -82,15 +86,18 @@ def sample(denoise, noise, schedule, eta=1.0, recompute=True):
     noise: T + 1 tensors (B, C, h, w), a sequence or one stacked tensor: noise[T] is where sampling starts, step i uses
         noise[T - 1 - i], and noise[0] (the last step's) has no effect. Gradient flows to those that require it, and
         no graph is built for the steps before the first of them.
-    recompute: keep the latents of each step and rebuild one step's graph at a time in the backward pass, so that
-        memory grows with T by the latents alone; False keeps every graph. The gradient is the same.
+    recompute: how many steps, from the first, keep their latents only and are rebuilt in the backward pass, one
+        step's graph at a time; the others keep their graphs, and are the first that backward uses and frees. True is
+        all, so that memory grows with T by the latents alone; False is none. The gradient is the same.
     """
     x, *z = reversed(noise.unbind() if isinstance(noise, torch.Tensor) else noise)
     if len(z) != schedule.num_steps:
         raise ValueError(f"{len(z) + 1} noises for {schedule.num_steps} steps; expected {schedule.num_steps + 1}")
+    first_kept = 0
     if recompute and torch.is_grad_enabled():
-        return _Recomputed.apply(denoise, schedule, eta, x, *z)
-    for i in range(schedule.num_steps):
+        first_kept = len(z) if recompute is True else min(recompute, len(z))
+        x = _Recomputed.apply(denoise, schedule, eta, x, *z[:first_kept])
+    for i in range(first_kept, schedule.num_steps):
         x = _advance(denoise, x, z[i], schedule, i, eta)
     return x
 
@@ -103,7 +110,8 @@ def _advance(denoise, x, z, schedule, i, eta):
 
 
 class _Recomputed(torch.autograd.Function):
-    """The loop of `sample` with a backward of its own: no graph in the forward pass, then one step's graph at a time.
+    """The first len(z) steps of `sample` with a backward of their own: no graph in the forward pass, then one step's
+    graph at a time.
 
     torch.utils.checkpoint would do the same with more bookkeeping a step, and re-entrant it loses the gradient of a
     denoiser that returns a dataclass.
@@ -114,9 +122,9 @@ class _Recomputed(torch.autograd.Function):
         ctx.denoise, ctx.schedule, ctx.eta = denoise, schedule, eta
         # Steps before the first noise that wants a gradient are never differentiated, so nothing is kept of them.
         wanted = [ctx.needs_input_grad[3] or needs for needs in ctx.needs_input_grad[4:]]
-        ctx.first = wanted.index(True) if True in wanted else schedule.num_steps
+        ctx.first = wanted.index(True) if True in wanted else len(z)
         visited = []
-        for i in range(schedule.num_steps):
+        for i in range(len(z)):
             if i >= ctx.first:
                 visited.append(x)
             x = _advance(denoise, x, z[i], schedule, i, eta)
@@ -127,8 +135,8 @@ class _Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         visited = ctx.saved_tensors
-        grads = [None] * ctx.schedule.num_steps
-        for i in reversed(range(ctx.first, ctx.schedule.num_steps)):
+        grads = [None] * (len(ctx.needs_input_grad) - 4)
+        for i in reversed(range(ctx.first, len(grads))):
             if ctx.needs_input_grad[4 + i]:
                 grads[i] = noise_scale(ctx.schedule, i, ctx.eta) * grad
             if i == ctx.first and not ctx.needs_input_grad[3]:
@@ -142,11 +150,11 @@ class _Recomputed(torch.autograd.Function):
 
 
 # What a random draw is for: the first entry of its key, so that no two uses share a stream.
-CANDIDATE, PERMUTATIONS = range(2)
+CANDIDATE, PERMUTATIONS, PERTURBATION = range(3)
 
 
 def keyed_generator(*key):
-    """A CPU generator for one key of non-negative integers, (use, seed, index): equal keys, equal draws.
+    """A CPU generator for one key of non-negative integers, (use, seed, index, ...): equal keys, equal draws.
 
     Draws that are keyed, not taken in turn from one stream, do not depend on batch size, processes or a resume.
     """

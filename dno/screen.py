@@ -10,8 +10,8 @@ class Screen:
 
     folder = bar = None
 
-    def begin(self, run):
-        """run: the resolved settings of the run (what args.json holds)."""
+    def begin(self, run, done=0):
+        """run: the resolved settings of the run (what args.json holds); done: iterations before this start."""
         self.folder = run["folder"]
         size = f"{run['height']} x {run['width']} px"
         images = "1 image" if run["batch_size"] == 1 else f"{run['batch_size']} images"
@@ -25,12 +25,14 @@ class Screen:
             f"seed {run['seed']}, {images}",
             "optimizing": f"{'x_T' if run['eta'] == 0 else noises}, {run['opt_steps']} iterations, {step}, "
             f"lr {run['lr']:g}, gamma {run['gamma']:g}, checkpointing {run['checkpointing']}",
-            "folder": run["folder"] or "none",
+            "gradient": _gradient(run),
+            "folder": (run["folder"] or "none") + (f", going on at iteration {done}" if done else ""),
         }
         for name, value in rows.items():
-            print(f"{name:>11}  {value}")
+            if value is not None:
+                print(f"{name:>11}  {value}")
         sys.stdout.flush()
-        self.bar = tqdm(total=run["opt_steps"], unit="it", dynamic_ncols=True)
+        self.bar = tqdm(total=run["opt_steps"], initial=done, unit="it", dynamic_ncols=True)
 
     def iteration(self, metrics, states):
         best = [state.best_reward for state in states]
@@ -53,3 +55,12 @@ class Screen:
             print(f"{image}best reward {reward:.4f} at iteration {step}, {first[b]:.4f} at iteration 0{why}")
         if result.folder is not None:
             print(f"pictures: {result.folder / 'evolution.png'}")
+
+
+def _gradient(run):
+    """Where the gradient comes from; nothing to say of the reward's own."""
+    if run["estimator"] == "backprop":
+        return None
+    pairs = " in pairs" if run["antithetic"] else ""
+    processes = f", {run['processes']} processes" if run["processes"] > 1 else ""
+    return f"{run['estimator']}, {run['num_samples']} samples{pairs}, mu {run['mu']:g}{processes}"

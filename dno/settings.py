@@ -1,5 +1,6 @@
 """Every setting of a run: default, meaning and the values it takes. The flags of the scripts are made of it."""
 
+import importlib.util
 import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from dno.optimizers import OPTIMIZERS, PRECONDITIONERS
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 CHECKPOINTING = ("auto", "step", "block", "none")
+TRACKERS = ("tensorboard", "wandb", "trackio")
+ESTIMATORS = ("backprop", "hybrid", "hybrid_image", "zo")
 
 
 def _setting(group, default, help, **argument):
@@ -111,9 +114,7 @@ class Settings:
         "default: num_steps, all of them",
     )
     lr: float = _setting("optimization", 0.01, "step size of the noise")
-    optimizer: str = _setting(
-        "optimization", "adamw", "adamw, or sgd with Nesterov momentum 0.9", choices=OPTIMIZERS
-    )
+    optimizer: str = _setting("optimization", "adamw", "adamw, or sgd with Nesterov momentum 0.9", choices=OPTIMIZERS)
     weight_decay: float = _setting(
         "optimization",
         0.0,
@@ -135,6 +136,37 @@ class Settings:
         choices=CHECKPOINTING,
     )
 
+    estimator: str = _setting(
+        "estimation",
+        "backprop",
+        "where the gradient comes from. backprop: the reward's own. For any reward, from perturbed samples: hybrid "
+        "perturbs the noise and uses the model's Jacobian, hybrid_image perturbs the image instead, zo has no Jacobian",
+        choices=ESTIMATORS,
+    )
+    mu: float = _setting("estimation", 0.01, "standard deviation of the perturbations")
+    num_samples: int = _setting(
+        "estimation", 16, "q: perturbed samples an iteration and image, over all processes", metavar="Q"
+    )
+    batch_per_device: int = _setting("estimation", 4, "the most of them that a process renders at once")
+    antithetic: bool = _setting(
+        "estimation", False, "perturb in pairs, z + mu xi and z - mu xi: less variance where the reward is curved"
+    )
+    backprop_cost: float = _setting(
+        "estimation",
+        3.0,
+        "what the first process does besides its samples, in samples an image; it gets that many fewer",
+        metavar="SAMPLES",
+    )
+    max_bad_samples: int = _setting(
+        "estimation", 10, "end the run after this many samples in a row without a finite reward", metavar="N"
+    )
+    timeout: float = _setting(
+        "estimation",
+        600.0,
+        "with several processes: end them all when one does not answer for this long; above the slowest reward's time",
+        metavar="SECONDS",
+    )
+
     gamma: float = _setting("regularization", 0.0, "weight of the probability regularizer; 0 = none")
     subsample: int = _setting(
         "regularization", 1, "the regularizer looks at the noise in rows of 4 ** subsample values"
@@ -148,12 +180,18 @@ class Settings:
     max_seconds: float | None = _setting(
         "stopping", None, "stop after this many seconds of optimization", metavar="SECONDS"
     )
-    min_probability: float | None = _setting(
-        "stopping", None, "stop an image whose P(z) falls below this", metavar="P"
-    )
+    min_probability: float | None = _setting("stopping", None, "stop an image whose P(z) falls below this", metavar="P")
 
     output: str | None = _setting("output", "output", "folder that the run's own folder is made in")
     save_every: int = _setting("output", 1, "save every n-th iteration's image", metavar="N")
+    checkpointing_steps: int = _setting(
+        "output", 10, "iterations from one checkpoint to the next; one is written on a stop too", metavar="N"
+    )
+    checkpoints_total_limit: int = _setting("output", 2, "the newest so many checkpoints are kept", metavar="N")
+    report_to: tuple[str, ...] = _setting(
+        "output", (), "trackers to send metrics and images to", nargs="+", choices=TRACKERS
+    )
+    report_images_every: int = _setting("output", 10, "send them every n-th iteration's images", metavar="N")
 
     def resolve(self):
         """These settings, checked, with the model's own steps and guidance and K filled in. Raises UserError."""
@@ -168,6 +206,7 @@ class Settings:
             width=spec.size[1] if spec.size and self.width is None else self.width,
             objective=_names(self.objective),
             evaluate=_names(self.evaluate),
+            report_to=_names(self.report_to),
         )
         settings._check()
         return settings
@@ -176,15 +215,16 @@ class Settings:
         for setting in fields(self):
             value = getattr(self, setting.name)
             choices = setting.metadata["argument"].get("choices")
-            if choices and value not in choices:
-                raise UserError(f"--{setting.name} is {value!r}; expected one of {', '.join(choices)}")
+            for entry in value if isinstance(value, tuple) else (value,):
+                if choices and entry not in choices:
+                    raise UserError(f"--{setting.name} is {entry!r}; expected one of {', '.join(choices)}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"--{setting.name} is {value}; expected a finite number")
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name} is {value}; expected {least} or more")
-        for name in ("lr", "max_grad_norm", "max_seconds"):
+        for name in ("lr", "max_grad_norm", "max_seconds", "mu", "timeout"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name} is {value:g}; expected a number above 0")
@@ -205,12 +245,17 @@ class Settings:
             raise UserError(
                 f"--precondition {self.precondition} takes its own step; leave --optimizer and --weight_decay out"
             )
+        if self.antithetic and self.num_samples % 2:
+            raise UserError(f"--antithetic makes pairs; --num_samples is {self.num_samples}, expected an even number")
         if not self.objective:
             raise UserError("--objective is empty; expected at least one reward")
         for name in ("noise", "model_config"):
             path = getattr(self, name)
             if path is not None and not Path(path).expanduser().exists():
                 raise UserError(f"--{name} {path} does not exist")
+        for name in self.report_to:
+            if importlib.util.find_spec(name) is None:
+                raise UserError(f"--report_to {name} needs a package that is not installed: pip install {name}")
         if self.noise is not None and self.best_of > 1:
             raise UserError("--noise says where to start, and so does --best_of; give one of them")
 
@@ -218,10 +263,10 @@ class Settings:
 _AT_LEAST = {
     "num_steps": 1, "eta": 0, "guidance_scale": 0, "seed": 0, "batch_size": 1, "best_of": 1, "height": 1, "width": 1,
     "opt_steps": 1, "opt_time": 1, "weight_decay": 0, "gamma": 0, "subsample": 0, "permutations": 1, "patience": 1,
-    "min_probability": 0, "save_every": 1,
+    "min_probability": 0, "save_every": 1, "num_samples": 1, "batch_per_device": 1, "backprop_cost": 0,
+    "max_bad_samples": 1, "checkpointing_steps": 1, "checkpoints_total_limit": 1, "report_images_every": 1,
 }  # fmt: skip
 
 
 def _names(value):
     return (value,) if isinstance(value, str) else tuple(value)
-

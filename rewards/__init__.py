@@ -20,4 +20,5 @@ RFUNCTIONS = {
     "black": black_loss_fn,
     "contrast": contrast_loss_fn,
     "jpeg": jpeg_compressibility,
+    "jpeg_incompressibility": jpeg_incompressibility,
 }

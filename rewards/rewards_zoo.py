@@ -54,19 +54,27 @@ def jpeg_compressibility(inference_dtype=None, device=None):
 
     Source: the compressibility task of DDPO (Black et al. 2023, arXiv 2305.13301). No gradient.
     """
-
-    def loss_fn(images, prompts):
-        sizes = []
-        for pixels in to_uint8(images):
-            file = io.BytesIO()
-            Image.fromarray(pixels).save(file, format="JPEG", quality=95)
-            sizes.append(file.tell() / 1000)
-        return torch.tensor(sizes, dtype=torch.float32, device=images.device)
-
-    return loss_fn
+    return lambda images, prompts: _jpeg_size(images)
 
 
-jpeg_compressibility.differentiable = False
+def jpeg_incompressibility(inference_dtype=None, device=None):
+    """JPEG incompressibility: the reward is the size of the image at JPEG quality 95, in kilobytes of 1000 bytes.
+
+    Source: as `jpeg_compressibility`. No gradient.
+    """
+    return lambda images, prompts: -_jpeg_size(images)
+
+
+jpeg_compressibility.differentiable = jpeg_incompressibility.differentiable = False
+
+
+def _jpeg_size(images):
+    sizes = []
+    for pixels in to_uint8(images):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, format="JPEG", quality=95)
+        sizes.append(file.tell() / 1000)
+    return torch.tensor(sizes, dtype=torch.float32, device=images.device)
 
 
 def to_uint8(images):

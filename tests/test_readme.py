@@ -23,7 +23,7 @@ def test_the_table_of_flags_is_complete():
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command != "-h"])
 def test_commands_parse(command):
     parser = build_parser(dno_stable_diffusion.__doc__, {})
-    Settings(**parse(parser, shlex.split(command))).resolve()
+    Settings(**parse(parser, shlex.split(command))[0]).resolve()
 
 
 def test_nothing_is_left_open():

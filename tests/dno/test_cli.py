@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import rewards
-from dno import alignment, cli
+from dno import cli, problem
 from dno.cli import build_parser, main, parse
 from dno.runs import load_noise
 from dno.settings import Settings
@@ -102,7 +102,7 @@ def test_help_says_a_default_once(name):
 
 
 def test_the_scripts_defaults_are_the_settings():
-    assert Settings(**parse(build_parser(DESCRIPTION, {}), [])) == Settings()
+    assert Settings(**parse(build_parser(DESCRIPTION, {}), [])[0]) == Settings()
     parser = build_parser(DESCRIPTION, {"lr": 0.5, "objective": ("white",)})
     assert parser.parse_args([]).lr == 0.5 and parser.parse_args([]).objective == ("white",)
 
@@ -157,7 +157,7 @@ def test_bad_input_is_one_line_exit_code_2_and_no_folder(call, tmp_path, flags, 
 
 
 def test_an_output_that_is_a_file_is_found_before_the_model_is_loaded(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(alignment, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(problem, "load_model", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "output").write_text("")
     code, _, err = call()
     assert code == 2 and err.startswith("error: cannot write") and "--output" in err
@@ -173,7 +173,10 @@ def test_a_run_writes_and_says_what_is_promised(call, tmp_path):
     assert re.fullmatch(r"SD-\d{8}-\d{6}", folder.name)
     files = ["args.json", "best.png", "best_noise.safetensors", "evolution.gif", "evolution.png", "images",
              "images/000.png", "images/002.png", "initial.png", "metrics.jsonl"]  # fmt: skip
-    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == files
+    files += ["result.json"] + [f"checkpoints{name}" for name in (
+        "", *("/000003" + file for file in ("", "/manifest.json", "/state.json", "/tensors.safetensors"))
+    )]  # fmt: skip
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == sorted(files)
 
     lines = metrics_of(folder)
     assert [line["step"] for line in lines] == [0, 1, 2]
@@ -237,7 +240,7 @@ def test_flags_reach_the_model(call, monkeypatch, tiny_folder):
     def load(*args):
         raise cli.UserError(repr(args))
 
-    monkeypatch.setattr(alignment, "load_model", load)
+    monkeypatch.setattr(problem, "load_model", load)
     _, _, err = call(f"--precision bf16 --variant fp16 --lora x:0.5 --model_config {tiny_folder}")
     expected = (str(tiny_folder), torch.bfloat16, torch.device("cpu"), "fp16", "x:0.5", str(tiny_folder))
     assert err == f"error: {expected!r}\n"
@@ -333,6 +336,6 @@ def test_a_stop_before_the_first_iteration_leaves_nothing(call, tmp_path, monkey
     monkeypatch.setitem(rewards.RFUNCTIONS, "black", factory)
     got, _, err = call()
     assert got == code and err.endswith(f"\nstopped by {name}\n") and no_folder(tmp_path)
-    monkeypatch.setattr(alignment, "load_model", lambda *_: (_ for _ in ()).throw(stop))
+    monkeypatch.setattr(problem, "load_model", lambda *_: (_ for _ in ()).throw(stop))
     got, _, err = call()
     assert got == code and err == f"stopped by {name}\n" and no_folder(tmp_path)

@@ -1,0 +1,44 @@
+"""Going on with a run: its own settings, and which of them may be given anew."""
+
+from dataclasses import fields, replace
+
+from dno.checkpoints import load_newest
+from dno.errors import UserError
+from dno.settings import Settings
+
+STOPPING = ("target_reward", "patience", "max_seconds", "min_probability")
+# What says when to stop, where to compute and with how much memory, and what is shown: not what is computed.
+CHANGEABLE = (
+    "opt_steps", *STOPPING, "device", "checkpointing", "reward_checkpointing", "reward_paths", "batch_per_device",
+    "backprop_cost", "max_bad_samples", "timeout", "save_every", "checkpointing_steps", "checkpoints_total_limit",
+    "report_to", "report_images_every",
+)  # fmt: skip
+
+
+def resumed(folder, given):
+    """(settings, checkpoint) to go on with the run in `folder`.
+
+    given: settings by name that the user gave besides. Raises UserError where one that is not CHANGEABLE differs from
+    the run's, with the list of them, and where there is no whole checkpoint.
+    """
+    checkpoint = load_newest(folder)
+    known = {field.name for field in fields(Settings)}
+    run = Settings(**{name: _frozen(value) for name, value in checkpoint.state["settings"].items() if name in known})
+    settings = replace(run, **given).resolve()
+    differences = [
+        f"--{name} {getattr(settings, name)} (the run's: {getattr(run, name)})"
+        for name in given
+        if name not in CHANGEABLE and getattr(settings, name) != getattr(run, name)
+    ]
+    if differences:
+        raise UserError(
+            f"{folder} cannot go on with other settings: {', '.join(differences)}; leave them out, or start a new run"
+        )
+    if any(getattr(settings, name) != getattr(run, name) for name in STOPPING):
+        for values in checkpoint.state["images"]:
+            values |= {"stopped": None, "bad_steps": 0}
+    return settings, checkpoint
+
+
+def _frozen(value):
+    return tuple(value) if isinstance(value, list) else value

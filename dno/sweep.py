@@ -1,0 +1,151 @@
+"""Several runs, one for each prompt and seed, on one process or shared out to many; started again, it goes on."""
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from dno.alignment import align
+from dno.errors import UserError
+from dno.files import write_whole
+from dno.problem import Loaded
+from dno.resume import CHANGEABLE, STOPPING
+from dno.settings import Settings
+
+# What may differ between two starts of the same sweep.
+_ELSEWHERE = {*CHANGEABLE, "prompt", "seed", "output"} - {"opt_steps", *STOPPING}
+DONE, NEW, STARTED = range(3)
+
+
+def sweep(settings, prompts, seeds, prefix, team):
+    """Run every prompt of the file `prompts` (else the settings' prompt) with every seed (else the settings' seed).
+
+    The runs' folders are in `<output>/<prefix>-sweep-<digest of the settings>/`, so the same command finds them again:
+    what is finished is skipped, what was begun goes on from its checkpoint. A run that fails after it began is noted
+    and the others go on. Gradient runs are shared out to the processes; for an estimated gradient all of them work on
+    each run.
+    Raises UserError at the end where a run failed. Returns the table's rows.
+    """
+    resolved = Settings(**settings).resolve()
+    if resolved.output is None or resolved.noise is not None:
+        raise UserError("several runs need --output, and start from their own noise; leave --noise out")
+    runs = [(p, s) for p in _prompts(prompts, resolved) for s in dict.fromkeys(seeds or [resolved.seed])]
+    same = {name: value for name, value in asdict(resolved).items() if name not in _ELSEWHERE}
+    digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]
+    folder = Path(resolved.output).expanduser() / f"{prefix}-sweep-{digest}"
+    folders = [folder / _name(prompt, seed) for prompt, seed in runs]
+
+    if team.leads:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / "args.json", json.dumps(asdict(resolved), indent=2).encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --output") from error
+        print(f"{len(runs)} runs in {folder}", flush=True)
+    # The leader decides, since the others may see the disk late.
+    stages = team.broadcast(torch.tensor([_stage(path) for path in folders])).tolist()
+    together = resolved.estimator != "backprop"
+    left = [i for i, stage in enumerate(stages) if stage != DONE]
+    mine = left if together else left[team.rank :: team.size]
+    loaded = Loaded()
+    for i in mine:
+        _one(settings, runs[i], folders[i], stages[i], loaded, team if together else None, team, f"{i + 1}/{len(runs)}")
+    team.finished()
+    if team.leads:
+        team.wait_for_all()
+        return _summary(folder, runs, folders)
+
+
+def _one(settings, run, path, stage, loaded, shared_by, team, count):
+    prompt, seed = run
+    if team.leads or shared_by is None:
+        if stage == NEW:
+            shutil.rmtree(path, ignore_errors=True)  # begun, and stopped before its first checkpoint
+        (path / "failed.txt").unlink(missing_ok=True)
+    try:
+        if stage == STARTED:
+            given = {name: settings[name] for name in CHANGEABLE if name in settings}
+            result = align(resume=path, loaded=loaded, team=shared_by, callback=lambda metrics: team.alive(), **given)
+        else:
+            given = {**settings, "prompt": prompt, "seed": seed}
+            result = align(folder=path, loaded=loaded, team=shared_by, callback=lambda metrics: team.alive(), **given)
+    except UserError as error:
+        # With others at work on the run, or nothing loaded, the next one would fail like this one.
+        if loaded.model is None or (shared_by is not None and team.size > 1):
+            raise
+        path.mkdir(exist_ok=True)
+        write_whole(path / "failed.txt", f"{error}\n".encode())
+        print(f"{count}  {prompt!r}, seed {seed}: failed: {error}", flush=True)
+    else:
+        if result is not None:
+            first, best = result.metrics[0]["reward"], result.rewards.mean()
+            print(f"{count}  {prompt!r}, seed {seed}: {first:.4f} -> {best:.4f}", flush=True)
+
+
+def _prompts(file, settings):
+    if file is None:
+        return [settings.prompt]
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {file} cannot be read: {error}; expected a text file, one prompt a line") from error
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise UserError(f"--prompts {file} has no prompt in it; expected one a line")
+    return prompts
+
+
+def _name(prompt, seed):
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
+    return f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}-s{seed}"
+
+
+def _stage(path):
+    if (path / "result.json").is_file():
+        return DONE
+    return STARTED if any((path / "checkpoints").glob("[0-9]*")) else NEW
+
+
+def _summary(folder, runs, folders):
+    rows = []
+    for (prompt, seed), path in zip(runs, folders):
+        row = {"prompt": prompt, "seed": seed, "folder": path.name}
+        if (path / "result.json").is_file():
+            result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+            row |= {
+                "first": result["first"]["reward"], "best": _mean(result["rewards"]), "steps": result["steps"],
+                "iterations": result["iterations"], "probability": result["last"]["probability"],
+                "seconds": result["seconds"], "stopped": result["stopped"],
+            }  # fmt: skip
+        else:
+            file = path / "failed.txt"
+            row["failed"] = file.read_text(encoding="utf-8").strip() if file.is_file() else "no result"
+        rows.append(row)
+    table = ["| prompt | seed | first reward | best | at iteration | last P(z) | seconds |", "|---|" + "---:|" * 6]
+    for row in rows:
+        prompt = row["prompt"].replace("|", "\\|")
+        if "failed" in row:
+            table.append(f"| {prompt} | {row['seed']} | failed: {row['failed'].replace('|', ' ')} | | | | |")
+        else:
+            steps = ", ".join("-" if step is None else str(step) for step in row["steps"])
+            best, first = (f"{row[name]:.4f}" if row[name] is not None else "-" for name in ("best", "first"))
+            table.append(
+                f"| {prompt} | {row['seed']} | {first} | {best} | {steps} | {row['probability']:.2g} | "
+                f"{row['seconds']:.1f} |"
+            )
+    text = "\n".join(table)
+    write_whole(folder / "summary.md", f"{text}\n".encode())
+    write_whole(folder / "summary.json", json.dumps(rows, indent=2).encode() + b"\n")
+    print(f"{text}\n\nsummary: {folder / 'summary.md'}", flush=True)
+    if failed := sum("failed" in row for row in rows):
+        raise UserError(f"{failed} of {len(rows)} runs failed, see the table; the same command tries them again")
+    return rows
+
+
+def _mean(rewards):
+    known = [reward for reward in rewards if reward is not None]
+    return sum(known) / len(known) if known else None

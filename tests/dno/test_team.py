@@ -1,0 +1,137 @@
+"""Several processes: the same result as one, and one line when one of them fails."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from dno.checkpoints import load_newest
+from dno.runs import load_noise
+
+
+def only_run(tmp_path, output="output"):
+    (folder,) = (tmp_path / output).iterdir()
+    return folder
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def reward(tmp_path):
+    """reward(body, rank): flags for a reward that runs `body` on that rank only, from its fourth call on."""
+
+    def write(body, rank=1):
+        (tmp_path / "reward.py").write_text(
+            "import os, signal, sys, time, torch\n\ndef fickle(inference_dtype=None, device=None):\n"
+            "    calls = iter(range(10**6))\n\n    def loss_fn(images, prompts):\n"
+            f"        if next(calls) >= 3 and os.environ.get('RANK') == '{rank}':\n            {body}\n"
+            "        return -images.square().mean(dim=(1, 2, 3))\n\n    return loss_fn\n"
+        )
+        return "--objective reward.py:fickle --opt_steps 100 --batch_per_device 2"
+
+    return write
+
+
+@pytest.mark.parametrize("flags", ["", "--antithetic --batch_size 2", "--estimator hybrid_image", "--estimator zo"])
+def test_one_two_and_three_processes_give_the_same_result(launch, tmp_path, flags):
+    for size in (1, 2, 3):
+        for code, _, err in launch(size, f"{flags} --lr 0.05 --gamma 1 --output {size}"):
+            assert code == 0, err
+    one, two, three = (metrics_of(only_run(tmp_path, str(size))) for size in (1, 2, 3))
+    assert one[-1]["reward"] > one[0]["reward"]
+    for other in (two, three):
+        assert [line["reward"] for line in other] == pytest.approx([line["reward"] for line in one], abs=1e-4)
+        assert [line["grad_norm"] for line in other] == pytest.approx([line["grad_norm"] for line in one], rel=1e-3)
+
+
+def test_a_run_on_two_processes_is_equal_to_itself_bit_for_bit_and_resumes(launch, tmp_path):
+    for output in ("a", "b"):
+        assert [code for code, *_ in launch(2, f"--output {output}")] == [0, 0]
+    a, b = (only_run(tmp_path, output) for output in "ab")
+    assert torch.equal(*(load_noise(folder / "best_noise.safetensors") for folder in (a, b)))
+    assert [code for code, *_ in launch(2, "--output c --opt_steps 2")] == [0, 0]
+    c = only_run(tmp_path, "c")
+    results = launch(2, f"--resume {c} --opt_steps 3")
+    assert [code for code, *_ in results] == [0, 0], results
+    assert torch.equal(*(load_noise(folder / "best_noise.safetensors") for folder in (a, c)))
+
+
+def test_the_first_alone_speaks_and_writes(launch, tmp_path):
+    (_, out, _), (_, other, other_err) = launch(2, "")
+    assert "hybrid, 6 samples, mu 0.01, 2 processes" in out and other == ""
+    assert "it/s" not in other_err and len(list((tmp_path / "output").iterdir())) == 1
+
+
+# Faults, each caused for real. What is left can be gone on with.
+
+
+def check_ended(results, tmp_path, words, codes=None):
+    (_, _, err), _ = results
+    assert all(code != 0 for code, *_ in results), results
+    assert words in err and "Traceback" not in err, results
+    folder = only_run(tmp_path)
+    assert load_newest(folder).step == len(metrics_of(folder)) >= 1
+    assert f"--resume {folder.relative_to(tmp_path)}" in err
+
+
+def test_a_rank_that_raises(launch, tmp_path, reward):
+    flags = reward("raise ValueError('the service is gone')")
+    results = launch(2, f"{flags} --max_bad_samples 4 --timeout 30")
+    check_ended(results, tmp_path, "4 samples in a row without a finite reward")
+    assert "rank 1: the reward 'fickle' failed: ValueError: the service is gone (reward.py:" in results[1][2]
+
+
+def test_a_rank_that_breaks_the_contract(launch, tmp_path, reward):
+    results = launch(2, f"{reward('return None')} --timeout 30")
+    check_ended(results, tmp_path, "error: rank 1 failed: error: the reward 'fickle' returned NoneType")
+
+
+def test_a_rank_with_a_fault_of_its_own(launch, tmp_path, reward):
+    results = launch(2, f"{reward('raise SystemError(1) from None if 0 else sys.exit(7)')} --timeout 30")
+    assert results[1][0] == 7
+    check_ended(results, tmp_path, "rank 1 failed: SystemExit: 7")
+
+
+def test_a_rank_that_exits_early(launch, tmp_path, reward):
+    check_ended(launch(2, f"{reward('os._exit(3)')} --timeout 30"), tmp_path, "error: rank 1 ended without a word")
+
+
+def test_a_rank_that_is_killed(launch, tmp_path, reward):
+    flags, began = reward("pass"), time.monotonic()
+
+    def kill(pids):
+        while not any((tmp_path / "output").glob("*/checkpoints/000002")):
+            assert time.monotonic() - began < 60
+            time.sleep(0.01)
+        os.kill(pids[1], signal.SIGKILL)
+
+    check_ended(launch(2, f"{flags} --opt_steps 5000 --timeout 30", kill), tmp_path, "rank 1 ended without a word")
+
+
+def test_a_rank_that_stalls(launch, tmp_path, reward):
+    began = time.monotonic()
+    results = launch(2, f"{reward('time.sleep(1000)')} --timeout 3")
+    check_ended(results, tmp_path, "rank 1 did not answer within 3 seconds (--timeout)")
+    assert time.monotonic() - began < 40
+
+
+def test_the_first_rank_stalls(launch, tmp_path, reward):
+    results = launch(2, f"{reward('time.sleep(1000)', rank=0)} --timeout 3")
+    check_ended(results, tmp_path, "stopped by SIGTERM (rank 1 failed: error: rank 0 did not answer within 3 seconds")
+    assert results[0][0] == 143
+
+
+def test_a_user_error_before_the_start_is_one_line_once(launch):
+    results = launch(2, "--objective nothing")
+    assert [code for code, *_ in results] == [2, 2]
+    assert results[0][2].startswith("error: no reward is called 'nothing'") and results[0][2].count("\n") == 1
+
+
+def test_two_processes_and_one_gradient_run_are_refused(launch):
+    results = launch(2, "--estimator backprop")
+    assert all(code == 2 for code, *_ in results) and "give --prompts or --seeds" in results[0][2]
