@@ -248,7 +248,7 @@ class _Alignment:
 
     def _result(self):
         return Alignment(
-            images=torch.stack([self._best_image(b, state).cpu() for b, state in enumerate(self.states)]),
+            images=self._best_images(),
             rewards=torch.tensor([s.best_reward for s in self.states]),
             steps=[s.best_step for s in self.states],
             stopped=[s.stopped for s in self.states],
@@ -258,13 +258,16 @@ class _Alignment:
         )
 
     @torch.no_grad()
-    def _best_image(self, b, state):
-        if state.best_image is not None:
-            return state.best_image
-        if state.best_noise is None:  # no reward was finite
-            return torch.full((3, *self.problem.size), torch.nan)
-        # It was found before the checkpoint, which has its noise alone.
-        return self.problem.render([z.unsqueeze(0) for z in state.best_noise], [b])[0]
+    def _best_images(self):
+        """(B, 3, H, W); of those that were found before the checkpoint, the noise alone is known."""
+        states = self.states
+        lost = [b for b, state in enumerate(states) if state.best_image is None and state.best_noise is not None]
+        if lost:
+            noise = torch.stack([states[b].best_noise for b in lost], dim=1)
+            for b, image in zip(lost, self.problem.render(noise.unbind(), lost)):
+                states[b].best_image = image
+        nothing = torch.full((3, *self.problem.size), torch.nan)  # where no reward was finite
+        return torch.stack([nothing if s.best_image is None else s.best_image.cpu() for s in states])
 
 
 def _metrics(step, states, seconds, peak_memory_gb):

@@ -44,7 +44,7 @@ def build_parser(description, defaults):
     """One flag for each setting, in groups. defaults: the script's own, by setting name."""
     summary, commands = description.strip().split("\n\n", 1)
     rewards = ", ".join(
-        name + ("" if getattr(factory, "differentiable", True) else " (--evaluate only)")
+        name + ("" if getattr(factory, "differentiable", True) else " (no gradient: --estimator hybrid)")
         for name, factory in RFUNCTIONS.items()
     )
     rewards = f"rewards: {rewards}, or a loss factory of your own as FILE.py:FUNCTION"

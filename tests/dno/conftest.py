@@ -15,9 +15,8 @@ SERVER = Path(__file__).parent / "rank_server.py"
 def rank_server():
     root = SERVER.parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(
-        [sys.executable, str(SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=root
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    server = subprocess.Popen([sys.executable, str(SERVER)], env=environment, cwd=root, **pipes)
     assert json.loads(server.stdout.readline()) == "ready"
     yield server
     server.stdin.close()

@@ -1,7 +1,7 @@
 """Runs the ranks of tests as `torchrun` would, forked from one process that has the libraries imported already.
 
-Reads one JSON request a line, {"size", "flags", "cwd", "defaults"}; answers with {"pids"} when the ranks are started and
-{"codes"} when all have ended. As under torchrun, the end of one rank with an error is SIGTERM for the others.
+Reads one JSON request a line, {"size", "flags", "cwd", "defaults"}; answers with {"pids"} when the ranks are started
+and {"codes"} when all have ended. As under torchrun, the end of one rank with an error is SIGTERM for the others.
 """
 
 import json

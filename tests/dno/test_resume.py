@@ -1,0 +1,211 @@
+"""A run gone on with is the run that was never stopped."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+
+from dno import UserError, align
+from dno.cli import main
+from dno.resume import CHANGEABLE
+from dno.settings import Settings
+
+
+@pytest.fixture
+def quick(tiny_folder, tmp_path, monkeypatch):
+    """`align` on the tiny pipeline, into a folder of tmp_path."""
+    from dno.runs import Run
+
+    monkeypatch.setattr(Run, "draw", lambda run: None)
+
+    def run(folder, **settings):
+        settings = {"model": str(tiny_folder), "num_steps": 3, "opt_steps": 7, "lr": 0.05, "seed": 1, **settings}
+        return align(folder=tmp_path / folder, **settings)
+
+    return run
+
+
+def lines_of(folder):
+    """metrics.jsonl without what a clock and a meter say."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "peak_memory_gb")} for line in lines]
+
+
+def check_equal(a, b):
+    """Everything that two runs left is equal, byte by byte where nothing is measured."""
+    assert lines_of(a.folder) == lines_of(b.folder)
+    pictures = [sorted(str(p.relative_to(run.folder)) for p in run.folder.rglob("*.png")) for run in (a, b)]
+    assert pictures[0] == pictures[1]
+    for name in pictures[0]:
+        assert (a.folder / name).read_bytes() == (b.folder / name).read_bytes(), name
+    for name in ("images", "rewards", "noise"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert (a.steps, a.stopped) == (b.steps, b.stopped)
+
+
+CASES = [
+    {"gamma": 10.0},
+    {"batch_size": 2, "objective": ("contrast:0.1", "white"), "evaluate": ("jpeg",)},
+    {"optimizer": "sgd", "eta": 0.0},
+    {"precondition": "spectral", "opt_time": 2},
+    {"weight_decay": 0.01, "best_of": 2, "patience": 2},
+    {"estimator": "hybrid", "objective": ("jpeg",), "num_samples": 4},
+    {"estimator": "zo", "objective": ("contrast",), "num_samples": 4, "antithetic": True},
+]
+
+
+@pytest.mark.parametrize("settings", CASES, ids=str)
+def test_n_and_m_iterations_are_n_resume_m_bit_for_bit(quick, settings):
+    whole = quick("whole", **settings)
+    part = quick("part", **{**settings, "opt_steps": 3})
+    check_equal(whole, align(resume=part.folder, opt_steps=7))
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 4])
+def test_a_stop_at_any_iteration_can_be_gone_on_with(quick, tmp_path, stop_at):
+    """The stop falls into the middle of an iteration: in a reward."""
+
+    def stop(metrics):
+        if metrics["step"] == stop_at:
+            raise KeyboardInterrupt
+
+    whole = quick("whole", gamma=1.0, checkpointing_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        quick("part", gamma=1.0, checkpointing_steps=2, callback=stop)
+    assert len(lines_of(tmp_path / "part")) == stop_at + 1
+    check_equal(whole, align(resume=tmp_path / "part"))
+
+
+def test_lines_past_the_checkpoint_are_cut(quick, tmp_path):
+    """As after a kill, which leaves metrics and pictures that are newer than the checkpoint."""
+    whole = quick("whole", checkpointing_steps=2)
+    part = quick("part", checkpointing_steps=2)
+    shutil.rmtree(part.folder / "checkpoints" / "000007")
+    with open(part.folder / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 7, "rew')
+    seen = []
+    resumed = align(resume=part.folder, callback=lambda metrics: seen.append(metrics["step"]))
+    assert seen == [6]
+    check_equal(whole, resumed)
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(quick):
+    whole = quick("whole", checkpointing_steps=2)
+    part = quick("part", checkpointing_steps=2)
+    path = part.folder / "checkpoints" / "000007" / "tensors.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match=r"checkpoint 000007 is damaged .*sha256 differs.*; using 000006"):
+        check_equal(whole, align(resume=part.folder))
+
+
+def test_the_newest_are_kept(quick):
+    run = quick("run", checkpointing_steps=2)
+    assert sorted(p.name for p in (run.folder / "checkpoints").iterdir()) == ["000006", "000007"]
+    run = quick("more", checkpointing_steps=1, checkpoints_total_limit=4)
+    assert sorted(p.name for p in (run.folder / "checkpoints").iterdir()) == [f"00000{i}" for i in (4, 5, 6, 7)]
+
+
+def test_a_finished_run_resumed_does_nothing_and_gives_its_result(quick):
+    run = quick("run", batch_size=2)
+    again = align(resume=run.folder, callback=lambda metrics: pytest.fail("an iteration"))
+    check_equal(run, again)
+    assert (run.folder / "result.json").is_file()
+
+
+def test_stop_rules_may_change_and_a_stopped_image_then_goes_on(quick):
+    run = quick("run", target_reward=-10.0)
+    assert run.stopped[0] and len(run.metrics) == 1
+    assert align(resume=run.folder).stopped == run.stopped, "without another rule it stays stopped"
+    more = align(resume=run.folder, target_reward=None)
+    assert more.stopped == [None] and len(more.metrics) == 7
+    check_equal(quick("whole"), more)
+
+
+def test_other_settings_are_refused_with_the_list_of_them(quick):
+    run = quick("run", opt_steps=2)
+    with pytest.raises(UserError) as error:
+        align(resume=run.folder, lr=0.3, gamma=1.0, seed=1, opt_steps=4, objective="black")
+    assert "--lr 0.3 (the run's: 0.05), --gamma 1.0 (the run's: 0.0)" in str(error.value)
+    assert "seed" not in str(error.value) and "opt_steps" not in str(error.value)
+    assert len(lines_of(run.folder)) == 2
+
+
+def test_what_may_change_is_a_setting():
+    names = Settings.__dataclass_fields__
+    assert all(name in names for name in CHANGEABLE)
+    assert not {"lr", "seed", "prompt", "objective", "gamma", "num_steps", "precision", "mu", "num_samples"} & {
+        *CHANGEABLE
+    }
+
+
+def test_memory_flags_may_change_and_change_nothing(quick):
+    whole = quick("whole")
+    part = quick("part", opt_steps=3)
+    check_equal(whole, align(resume=part.folder, opt_steps=7, checkpointing="block"))
+
+
+def test_the_command_line_goes_on_too(quick, tmp_path, capsys, monkeypatch):
+    whole = quick("whole")
+    part = quick("part", opt_steps=3)
+    # The script's own defaults are no flags that were given.
+    monkeypatch.setattr("sys.argv", ["script.py", "--resume", str(part.folder), "--opt_steps", "7"])
+    main("A test.\n\ncommands:", prefix="SD", seed=99, prompt="another", lr=0.5)
+    captured = capsys.readouterr()
+    assert "going on at iteration 3" in captured.out and "7/7" in captured.err
+    assert lines_of(part.folder) == lines_of(whole.folder)
+    assert json.loads((part.folder / "args.json").read_text())["opt_steps"] == 7
+    monkeypatch.setattr("sys.argv", ["script.py", "--resume", str(part.folder), "--seed", "5", "--objective", "white"])
+    with pytest.raises(SystemExit) as end:
+        main("A test.\n\ncommands:", prefix="SD")
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and "--seed 5 (the run's: 1)" in err and "--objective" in err
+
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: (p / "images").mkdir(parents=True)])
+def test_no_run_is_an_error_and_never_a_new_run(tmp_path, make):
+    make(tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError):
+        align(resume=tmp_path / "run")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_at_the_last_checkpoint_keeps_the_one_before(quick, tmp_path, monkeypatch):
+    import dno.alignment
+
+    real, calls = dno.alignment.save_checkpoint, []
+
+    def fail(folder, step, *rest):
+        calls.append(step)
+        if step > 2:
+            raise UserError("cannot write: No space left on device")
+        return real(folder, step, *rest)
+
+    monkeypatch.setattr(dno.alignment, "save_checkpoint", fail)
+    with warnings.catch_warnings(record=True) as seen, pytest.raises(UserError, match="No space left"):
+        warnings.simplefilter("always")
+        quick("run", checkpointing_steps=2)
+    assert calls == [2, 4, 4] and [str(w.message) for w in seen] == ["cannot write: No space left on device"]
+    monkeypatch.undo()
+    assert len(align(resume=tmp_path / "run").metrics) == 7
+
+
+def test_the_state_on_disk_is_at_most_four_noises_and_a_megabyte(tmp_path):
+    """For Stable Diffusion 1.5's sizes: the noise, AdamW's two moments and the best noise."""
+    from dno.checkpoints import save_checkpoint
+    from dno.optimize import ImageState
+    from dno.optimizers import make_optimizer
+
+    noise = torch.randn(51, 4, 64, 64)
+    leaf = noise.clone().requires_grad_()
+    state = ImageState(leaf, make_optimizer([leaf]), best_noise=noise.clone(), best_image=torch.rand(3, 512, 512))
+    leaf.grad = noise
+    state.optimizer.step()
+    tensors, values = state.pack()
+    folder = save_checkpoint(tmp_path, 1, tensors, {"images": [values]})
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert 4 * noise.nbytes <= size < 4 * noise.nbytes + 1_000_000
