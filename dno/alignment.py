@@ -238,7 +238,7 @@ class _Alignment:
             "height": problem.size[0], "width": problem.size[1],
             "device": str(problem.device), "precision": str(problem.dtype).removeprefix("torch."),
             "processes": self.team.size,
-            "checkpointing": problem.checkpointing,
+            "checkpointing": problem.plan.describe(),
             "prediction_type": problem.model.prediction_type,
             "folder": str(self.run_folder.folder) if self.run_folder is not None else None,
             "climbs": describe(problem.objectives),

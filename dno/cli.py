@@ -190,15 +190,16 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=28, width=100)
 
     def _get_help_string(self, action):
-        shown = action.default if not isinstance(action.default, list | tuple) else " ".join(action.default)
+        shown = action.default if not isinstance(action.default, list | tuple) else " ".join(map(str, action.default))
         if shown is None or shown is False or shown in ("", argparse.SUPPRESS) or "default" in action.help:
             return action.help
         return f"{action.help} [{shown}]"
 
 
 def _value_type(hint):
-    """The type of one value of a setting: of `int | None` int, of `tuple[str, ...]` str."""
-    return next((kind for kind in get_args(hint) if kind is not type(None)), hint)
+    """The type of one value of a setting: of `int | None` int, of `tuple[str, ...] | None` str."""
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    return _value_type(kinds[0]) if kinds else hint
 
 
 def _terminate(number, frame):

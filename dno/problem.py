@@ -12,7 +12,7 @@ from dno.errors import UserError
 from dno.estimation import Estimation
 from dno.gradients import Backpropagation
 from dno.loading import PRECISIONS, check_model, load_model, resolve_device, resolve_precision
-from dno.memory import choose_checkpointing
+from dno.memory import LeanerOnDemand, Plan, choose_plan
 from dno.models import model_spec
 from dno.objectives import Losses, parse_evaluations, parse_objectives
 from dno.optimizers import make_optimizer
@@ -32,7 +32,7 @@ class Loaded:
 
 
 class Problem:
-    """Everything is checked when it is made, and loaded by `load`, which fills in `size`, `free` and `checkpointing`.
+    """Everything is checked when it is made, and loaded by `load`, which fills in `size`, `free` and `plan`.
 
     settings: resolved `Settings`. noise: (T + 1, B, C, h, w) to start from, or None.
     team: the processes of the run.
@@ -88,20 +88,50 @@ class Problem:
         settings = self.settings
         if self.loaded.model is None:
             self.loaded.model = load_model(
-                settings.model, self.dtype, self.device, settings.variant, settings.lora, settings.model_config
-            )
+                settings.model, self.dtype, self.device, settings.variant, settings.lora, settings.model_config,
+                settings.vae, settings.vae_precision,
+            )  # fmt: skip
+            if settings.compile:
+                self.loaded.model.compile_blocks()
         self.model = self.loaded.model
         self._check_size()
-        self.schedule = self.model.schedule(settings.num_steps)
+        self.schedule = self.model.schedule(settings.num_steps, settings.timestep_spacing)
         _warn_of_unknown_words(settings)
-        self.conditioning = self.model.encode_prompts(self.prompts, settings.negative_prompt)
+        self.guided = settings.guidance_scale > 1
+        self.conditioning = self.model.encode_prompts(
+            self.prompts, settings.negative_prompt, guided=self.guided, **self._sizes()
+        )
         if not self.shared:
             self.model.free_text_encoder()
-        self.checkpointing = settings.checkpointing
-        if self.checkpointing == "auto":
-            steps_with_graph = min(settings.opt_time + 1, settings.num_steps)
-            self.checkpointing = choose_checkpointing(self._one_step, steps_with_graph, self.device)
-        self.model.checkpoint_blocks(self.checkpointing == "block")
+        self.use(self._choose_plan())
+
+    def _sizes(self):
+        settings = self.settings
+        sizes = {name: getattr(settings, name) for name in ("original_size", "crops_coords_top_left", "target_size")}
+        if self.model.size_conditioned:
+            return sizes
+        if given := [f"--{name}" for name, value in sizes.items() if value not in (None, (0, 0))]:
+            raise UserError(f"{', '.join(given)}: {settings.model} is not told of sizes, as SDXL is; leave them out")
+        return {}
+
+    def _choose_plan(self):
+        """How much is kept for the backward pass."""
+        settings = self.settings
+        steps = min(settings.opt_time + 1, settings.num_steps)
+        if settings.gradient == "skip_unet":  # a step's graph is a few latents
+            return Plan(0, 0, vae_blocks=settings.checkpointing == "block", guided=self.guided)
+        # On a CPU the decoder's graph is small beside the free memory, and an image less is an image less.
+        finish = self._finish if self.device.type == "cuda" else None
+        return choose_plan(
+            settings.checkpointing, steps, self.device, self._one_step, finish, self.guided, settings.split_guidance
+        )
+
+    def use(self, plan):
+        """Follow this plan from now on."""
+        self.plan = plan
+        self.model.checkpoint_blocks(plan.unet_blocks, plan.vae_blocks)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def release(self):
         """Leave the model as it came: somebody may use it again."""
@@ -149,18 +179,29 @@ class Problem:
                 f"--width {w * model.scale_factor}; got {self.latent_shape[1]}, {self.size[0]} and {self.size[1]}"
             )
 
+    def _leaf(self):
+        return torch.zeros(self.latent_shape, device=self.device, dtype=self.state_dtype, requires_grad=True)
+
     def _one_step(self):
-        z = torch.zeros(self.latent_shape, device=self.device, dtype=self.state_dtype, requires_grad=True)
-        timestep = self.schedule.timesteps[0]
-        return self.model.denoise(z, timestep, self.conditioning, self.settings.guidance_scale)
+        return self._denoise(self.conditioning)(self._leaf(), self.schedule.timesteps[0])
+
+    def _finish(self):
+        return self.losses(self.model.decode(self._leaf()), range(self.settings.batch_size))
+
+    def _denoise(self, conditioning, plan=None):
+        return partial(
+            self.model.denoise,
+            conditioning=conditioning,
+            guidance_scale=self.settings.guidance_scale,
+            through_network=self.settings.gradient == "full",
+            split_guidance=plan.split_guidance if plan else self.settings.split_guidance,
+        )
 
     def render(self, noises, images):
         """T + 1 noises (B, C, h, w) -> images (B, 3, H, W), for the images of these indices."""
-        denoise = partial(
-            self.model.denoise, conditioning=self.conditioning[images], guidance_scale=self.settings.guidance_scale
-        )
-        latents = sample(denoise, noises, self.schedule, self.settings.eta, recompute=self.checkpointing != "none")
-        return self.model.decode(latents)
+        denoise = self._denoise(self.conditioning[images], self.plan)
+        recompute = self.plan.recompute(self.schedule.num_steps)
+        return self.model.decode(sample(denoise, noises, self.schedule, self.settings.eta, recompute))
 
     def losses(self, images, indices):
         loss = self.loss.forgiving if self.estimates else self.loss
@@ -204,18 +245,20 @@ class Problem:
         """The gradient source that the settings ask for."""
         settings = self.settings
         if not self.estimates:
-            return Backpropagation(self.render, self.losses, self.free)
+            return LeanerOnDemand(Backpropagation(self.render, self.losses, self.free), self)
 
         def draw(image, step, index, shape):
             generator = keyed_generator(PERTURBATION, settings.seed + image, step, index)
             return torch.randn(shape, generator=generator)
 
-        return Estimation(
+        source = Estimation(
             self.render, self.losses, self.free, settings.estimator,
             mu=settings.mu, num_samples=settings.num_samples, draw=draw, batch_size=settings.batch_per_device,
             antithetic=settings.antithetic, pad=self.dtype in (torch.bfloat16, torch.float16), team=self.team,
             backprop_cost=settings.backprop_cost, max_bad_samples=settings.max_bad_samples,
         )  # fmt: skip
+        # Several processes cannot try again: the others are past it.
+        return source if self.team.size > 1 else LeanerOnDemand(source, self)
 
     def make_optimizer(self, params):
         settings = self.settings

@@ -9,9 +9,9 @@ from dno.settings import Settings
 STOPPING = ("target_reward", "patience", "max_seconds", "min_probability")
 # What says when to stop, where to compute and with how much memory, and what is shown: not what is computed.
 CHANGEABLE = (
-    "opt_steps", *STOPPING, "device", "checkpointing", "reward_checkpointing", "reward_paths", "batch_per_device",
-    "backprop_cost", "max_bad_samples", "timeout", "save_every", "checkpointing_steps", "checkpoints_total_limit",
-    "report_to", "report_images_every",
+    "opt_steps", *STOPPING, "device", "checkpointing", "split_guidance", "compile", "reward_checkpointing",
+    "reward_paths", "batch_per_device", "backprop_cost", "max_bad_samples", "timeout", "save_every",
+    "checkpointing_steps", "checkpoints_total_limit", "report_to", "report_images_every",
 )  # fmt: skip
 
 

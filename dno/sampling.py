@@ -168,6 +168,7 @@ def draw_noise(seeds, num_steps, shape, candidate=0):
     shape: (C, h, w). Each image's noise depends on its own seed alone and is `torch.randn(T + 1, C, h, w)` after
     `torch.manual_seed(seed)`, as in the official implementation; candidate > 0 gives further independent draws.
     """
+
     def generator(seed):
         return keyed_generator(CANDIDATE, seed, candidate) if candidate else torch.Generator().manual_seed(seed)
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from dno.errors import UserError
-from dno.models import DEFAULT_MODEL, model_spec
+from dno.models import DEFAULT_MODEL, TIMESTEP_SPACINGS, model_spec
 from dno.optimizers import OPTIMIZERS, PRECONDITIONERS
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
-CHECKPOINTING = ("auto", "step", "block", "none")
+CHECKPOINTING = ("auto", "none", "partial", "step", "block")
+GRADIENTS = ("full", "skip_unet")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 ESTIMATORS = ("backprop", "hybrid", "hybrid_image", "zo")
 
@@ -28,7 +29,7 @@ class Settings:
     model: str = _setting(
         "model",
         DEFAULT_MODEL,
-        "hub id, diffusers folder or single .safetensors file, or sprites, which comes with the project",
+        "hub id, diffusers folder or single .safetensors file, or sprites or sprites-xl, which come with the project",
     )
     prompt: str = _setting("model", "white duck", "what the picture shows")
     negative_prompt: str | None = _setting(
@@ -60,14 +61,51 @@ class Settings:
         metavar="DIR",
     )
 
-    num_steps: int | None = _setting("sampling", None, "sampling steps T; default: 50 (sprites 25)")
+    vae: str | None = _setting(
+        "model",
+        None,
+        "another VAE than the model's, such as an SDXL VAE for fp16: hub id, folder or .safetensors file",
+        metavar="PATH_OR_ID",
+    )
+    vae_precision: str = _setting(
+        "model",
+        "auto",
+        "precision of the VAE; auto: the networks', but fp32 where that is fp16 and the VAE overflows in it",
+        choices=PRECISIONS,
+    )
+
+    num_steps: int | None = _setting("sampling", None, "sampling steps T; default: 50 (sprites 25, turbo models 1)")
+    timestep_spacing: str | None = _setting(
+        "sampling", None, "how the steps' timesteps are spread; default: the model's", choices=TIMESTEP_SPACINGS
+    )
     eta: float = _setting(
         "sampling", 1.0, "0 = deterministic ODE, only the starting noise counts; 1 = DDPM's noise at every step"
     )
     guidance_scale: float | None = _setting(
         "sampling",
         None,
-        "weight of the prompt; <= 1 drops the negative prompt and half the time; default: 5 (sprites 3)",
+        "weight of the prompt; <= 1 drops the negative prompt and half the time; default: 5 (sprites 3, turbo 0)",
+    )
+    original_size: tuple[int, int] | None = _setting(
+        "sampling",
+        None,
+        "SDXL: size in pixels that the picture is said to have had; default: its own",
+        nargs=2,
+        metavar=("H", "W"),
+    )
+    crops_coords_top_left: tuple[int, int] = _setting(
+        "sampling",
+        (0, 0),
+        "SDXL: pixels that are said to have been cut off above and to the left",
+        nargs=2,
+        metavar=("TOP", "LEFT"),
+    )
+    target_size: tuple[int, int] | None = _setting(
+        "sampling",
+        None,
+        "SDXL: size in pixels that the picture is said to be wanted in; default: its own",
+        nargs=2,
+        metavar=("H", "W"),
     )
     seed: int = _setting("sampling", 0, "seed of the noise; image b of a batch has seed + b")
     batch_size: int = _setting("sampling", 1, "independent images that are optimized together, each as if alone")
@@ -131,9 +169,23 @@ class Settings:
     checkpointing: str = _setting(
         "optimization",
         "auto",
-        "memory against time, never the result: none keeps every step's graph (fastest), step recomputes a step "
-        "at a time, block also each block within it (leanest); auto: the fastest that fits well",
+        "memory against time, never the result: none keeps every step's graph (fastest), partial as many as fit, step "
+        "recomputes a step at a time, block also each block within it (leanest); auto: the fastest that fits well. Out "
+        "of memory, the next leaner way is taken in the same iteration",
         choices=CHECKPOINTING,
+    )
+    split_guidance: bool = _setting(
+        "optimization", False, "run the two halves of the guidance one after the other: less memory, a little more time"
+    )
+    compile: bool = _setting(
+        "optimization", False, "torch.compile the UNet's blocks: a slow first iteration, faster ones after it"
+    )
+    gradient: str = _setting(
+        "optimization",
+        "full",
+        "full: the true gradient. skip_unet: hold the UNet's output constant, as the official SDXL script does in "
+        "effect: a third of the time, another direction",
+        choices=GRADIENTS,
     )
 
     estimator: str = _setting(
@@ -206,6 +258,9 @@ class Settings:
             width=spec.size[1] if spec.size and self.width is None else self.width,
             objective=_names(self.objective),
             evaluate=_names(self.evaluate),
+            original_size=self.original_size and tuple(self.original_size),
+            crops_coords_top_left=tuple(self.crops_coords_top_left),
+            target_size=self.target_size and tuple(self.target_size),
             report_to=_names(self.report_to),
         )
         settings._check()
@@ -216,7 +271,7 @@ class Settings:
             value = getattr(self, setting.name)
             choices = setting.metadata["argument"].get("choices")
             for entry in value if isinstance(value, tuple) else (value,):
-                if choices and entry not in choices:
+                if choices and entry is not None and entry not in choices:
                     raise UserError(f"--{setting.name} is {entry!r}; expected one of {', '.join(choices)}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"--{setting.name} is {value}; expected a finite number")
@@ -256,6 +311,10 @@ class Settings:
         for name in self.report_to:
             if importlib.util.find_spec(name) is None:
                 raise UserError(f"--report_to {name} needs a package that is not installed: pip install {name}")
+        for name, least in (("original_size", 1), ("target_size", 1), ("crops_coords_top_left", 0)):
+            pair = getattr(self, name)
+            if pair is not None and (len(pair) != 2 or min(pair) < least):
+                raise UserError(f"--{name} is {' '.join(map(str, pair))}; expected two numbers, {least} or more each")
         if self.noise is not None and self.best_of > 1:
             raise UserError("--noise says where to start, and so does --best_of; give one of them")
 

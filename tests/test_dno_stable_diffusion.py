@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dno.checkpoints import load_newest
 from dno.runs import load_noise
 
 SCRIPT = Path(__file__).resolve().parent.parent / "dno_stable_diffusion.py"
@@ -89,7 +90,11 @@ def test_stopped_runs_leave_whole_files(tiny_folder, tmp_path):
         _, err = process.communicate(timeout=60)
         assert process.returncode == code and "Traceback" not in err
         (folder,) = output.iterdir()
-        assert err.endswith(f"stopped by {name}; what was found is in {folder.relative_to(tmp_path)}\n")
+        where = folder.relative_to(tmp_path)
+        assert err.endswith(
+            f"stopped by {name}; what was found is in {where}, to go on:\n  python {SCRIPT.name} --resume {where}\n"
+        )
         lines = check_whole(folder)
+        assert load_newest(folder).step == len(lines)
         assert [line["step"] for line in lines] == list(range(len(lines))) and len(lines) >= 2
         assert {"best.png", "initial.png", "evolution.png"} <= {path.name for path in folder.iterdir()}

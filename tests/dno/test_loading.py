@@ -8,7 +8,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import errors
 from peft import LoraConfig, get_peft_model_state_dict
@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 
 import dno
 from dno.errors import UserError
-from dno.loading import resolve_device, resolve_precision
+from dno.loading import check_model, resolve_device, resolve_precision
+from dno.models import StableDiffusion
+from dno.sdxl import StableDiffusionXL
 
 httpx = importlib.import_module(errors.HTTPError.__module__.partition(".")[0])  # or its successor httpx2
-UNET = "unet/diffusion_pytorch_model.safetensors"
+UNET, VAE_FILE = "unet/diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors"
 TO_Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
@@ -38,7 +40,8 @@ def copy(tiny_folder, tmp_path):
 
 
 def weights(model):
-    networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.pipe.text_encoder}
+    networks = {"unet": model.unet, "vae": model.vae}
+    networks.update({name: getattr(model.pipe, name) for name in model.text_encoders})
     return {f"{name}.{key}": value for name, network in networks.items() for key, value in network.state_dict().items()}
 
 
@@ -107,12 +110,41 @@ def test_a_damaged_folder_is_named_in_one_line(copy, name):
     assert str(copy) in message and re.search(words, message), message
 
 
-def test_another_familys_folder_names_its_script(golden_folder, copy):
-    message = refused(str(golden_folder.with_name("tiny-sdxl")))
-    expected = "is a StableDiffusionXLPipeline; expected a StableDiffusionPipeline; use dno_sdxl.py"
-    assert re.fullmatch(rf"--model \S+tiny-sdxl {expected}", message)
-    (copy / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    assert refused(str(copy)).endswith("is a FluxPipeline; expected a StableDiffusionPipeline")
+# A refiner is published as a pipeline of the second kind.
+@pytest.mark.parametrize("kind", ["Flux", "StableDiffusionXLImg2Img", "StableDiffusionXLInpaint"])
+def test_another_familys_folder_is_refused(copy, kind):
+    (copy / "model_index.json").write_text(json.dumps({"_class_name": f"{kind}Pipeline"}))
+    expected = f"is a {kind}Pipeline; expected a StableDiffusionPipeline or StableDiffusionXLPipeline"
+    assert refused(str(copy)) == f"--model {copy} {expected}"
+
+
+@pytest.fixture
+def copy_xl(tiny_xl_folder, tmp_path):
+    return shutil.copytree(tiny_xl_folder, tmp_path / "copy-xl")
+
+
+def test_the_folder_says_which_family_it_is_of(tiny_xl_folder, tiny_xl_model, tiny_model):
+    assert type(tiny_xl_model) is StableDiffusionXL and type(tiny_model) is StableDiffusion
+    saved = load_file(tiny_xl_folder / "text_encoder_2/model.safetensors")
+    assert all(torch.equal(saved[key], v) for key, v in tiny_xl_model.pipe.text_encoder_2.state_dict().items())
+    assert not any(value.requires_grad for value in weights(tiny_xl_model).values())
+    assert not (tiny_xl_model.pipe.text_encoder.training or tiny_xl_model.pipe.text_encoder_2.training)
+
+
+XL_DAMAGED = {
+    "no second text encoder": (remove("text_encoder_2"), "text_encoder_2/ has no .safetensors file; download"),
+    "no second tokenizer": (remove("tokenizer_2"), "no tokenizer_2/; download the model again"),
+    "no text encoder": (remove("text_encoder"), "text_encoder/ has no .safetensors file; download the model again"),
+    "second cut short": (truncate("text_encoder_2/model.safetensors"), "could not be loaded .is it whole"),
+}
+
+
+@pytest.mark.parametrize("name", XL_DAMAGED)
+def test_a_damaged_folder_of_sdxl_is_named_in_one_line(copy_xl, name):
+    damage, words = XL_DAMAGED[name]
+    damage(copy_xl)
+    message = refused(str(copy_xl))
+    assert str(copy_xl) in message and re.search(words, message), message
 
 
 def test_variant(tiny_model, tmp_path):
@@ -169,7 +201,7 @@ def test_a_name_that_no_hub_has():
     assert "check the spelling" in refused("owner--x/name")
 
 
-def test_a_hub_model_is_loaded_by_its_name_and_its_class_checked_first(monkeypatch, tiny_folder, golden_folder):
+def test_a_hub_model_is_loaded_by_its_name_and_its_class_checked_first(monkeypatch, tiny_folder, tmp_path):
     asked, load = [], StableDiffusionPipeline.from_pretrained
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: tiny_folder / file)
     monkeypatch.setattr(
@@ -178,9 +210,9 @@ def test_a_hub_model_is_loaded_by_its_name_and_its_class_checked_first(monkeypat
     assert dno.load_model("owner/name").default_size == (16, 16) and asked == ["owner/name"]
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", raising(httpx.ReadError("lost the connection")))
     assert "--model owner/name could not be loaded" in refused("owner/name")
-    sdxl = golden_folder.with_name("tiny-sdxl")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: sdxl / file)
-    assert "use dno_sdxl.py" in refused("owner/name")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: tmp_path / file)
+    assert "--model owner/name is a FluxPipeline" in refused("owner/name")
 
 
 # Single files.
@@ -202,6 +234,7 @@ def replaced(text, pairs):
 def original_unet_key(key):
     """diffusers' name -> the original code's, which numbers all blocks in a row, for one resnet a down block."""
     ends = (("time_embedding.linear_1", "time_embed.0"), ("time_embedding.linear_2", "time_embed.2"),
+            ("add_embedding.linear_1", "label_emb.0.0"), ("add_embedding.linear_2", "label_emb.0.2"),
             ("conv_in", "input_blocks.0.0"), ("conv_norm_out", "out.0"), ("conv_out", "out.2"))  # fmt: skip
     match = re.match(r"(down|mid|up)_blocks?\.(?:(\d)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.*)", key)
     if not match:
@@ -228,16 +261,22 @@ def original_vae_key(key, blocks=2):
                           ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out")))  # fmt: skip
 
 
+def original_names(state):
+    """A VAE's tensors as the original code has them, the attention's matrices as 1 x 1 convolutions."""
+    for key, value in state.items():
+        name = original_vae_key(key)
+        linear = "attn_1" in name and value.dim() == 2
+        yield name, (value[:, :, None, None] if linear else value).contiguous()
+
+
 @pytest.fixture(scope="session")
 def single_file(tiny_folder, tmp_path_factory):
     """The tiny pipeline's weights in one file, under the names of the original Stable Diffusion code."""
     model, tensors = dno.load_model(tiny_folder), {}
     for key, value in model.unet.state_dict().items():
         tensors["model.diffusion_model." + original_unet_key(key)] = value
-    for key, value in model.vae.state_dict().items():
-        name = original_vae_key(key)
-        linear = "attn_1" in name and value.dim() == 2  # the original has 1 x 1 convolutions
-        tensors["first_stage_model." + name] = value[:, :, None, None] if linear else value
+    for name, value in original_names(model.vae.state_dict()):
+        tensors["first_stage_model." + name] = value
     for key, value in model.pipe.text_encoder.state_dict().items():
         tensors["cond_stage_model.transformer.text_model." + key.removeprefix("text_model.")] = value
     path = tmp_path_factory.mktemp("single") / "model.safetensors"
@@ -277,6 +316,154 @@ def test_a_pickle_is_never_opened(tmp_path, suffix):
     assert not (tmp_path / "bad").exists()
 
 
+OPEN_CLIP = (
+    ("embeddings.position_embedding.weight", "positional_embedding"), ("embeddings.token_embedding", "token_embedding"),
+    ("final_layer_norm", "ln_final"), ("encoder.layers", "transformer.resblocks"), ("layer_norm", "ln_"),
+    ("fc1", "c_fc"), ("fc2", "c_proj"), ("self_attn", "attn"),
+)  # fmt: skip
+
+
+def open_clip_tensors(state):
+    """A text encoder's tensors as open_clip has them: the three projections of an attention in one."""
+    tensors = {replaced(key.removeprefix("text_model."), OPEN_CLIP): value for key, value in state.items()}
+    tensors["text_projection"] = tensors.pop("text_projection.weight").T
+    for key in [key for key in tensors if ".q_proj." in key]:
+        together = [tensors.pop(key.replace("q_proj", f"{x}_proj")) for x in "qkv"]
+        tensors[key.replace("q_proj.", "in_proj_")] = torch.cat(together)
+    return tensors
+
+
+def test_a_single_file_of_sdxl_gives_the_folders_model(tiny_xl_folder, tiny_xl_model, tmp_path):
+    model, path = tiny_xl_model, tmp_path / "xl.safetensors"
+    text, text_2 = (getattr(model.pipe, name).state_dict() for name in model.text_encoders)
+    tensors = {
+        **{f"model.diffusion_model.{original_unet_key(key)}": value for key, value in model.unet.state_dict().items()},
+        **{f"first_stage_model.{name}": value for name, value in original_names(model.vae.state_dict())},
+        **{f"conditioner.embedders.0.transformer.text_model.{key.removeprefix('text_model.')}": value
+           for key, value in text.items()},
+        **{f"conditioner.embedders.1.model.{key}": value for key, value in open_clip_tensors(text_2).items()},
+    }  # fmt: skip
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+    loaded = dno.load_model(str(path), model_config=str(tiny_xl_folder))
+    assert type(loaded) is StableDiffusionXL and same_weights(loaded, model)
+
+
+def test_a_single_file_of_a_refiner_is_refused_by_its_tensors(tmp_path):
+    path = tmp_path / "refiner.safetensors"
+    save_file({"conditioner.embedders.0.model.ln_final.bias": torch.zeros(2)}, path)
+    assert refused(str(path)) == f"--model {path} is an SDXL refiner, which cannot make images of noise alone"
+
+
+def test_a_single_file_of_sdxl_is_known_by_its_tensors_or_its_configuration(tmp_path, tiny_xl_folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(StableDiffusionXLPipeline, "from_single_file", lambda path, **kw: asked.append(kw) or 1 / 0)
+    save_file({"conditioner.embedders.1.model.ln_final.bias": torch.zeros(2)}, tmp_path / "xl.safetensors")
+    save_file({"some.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    assert "could not be read" in refused(str(tmp_path / "xl.safetensors"))
+    assert "could not be read" in refused(str(tmp_path / "other.safetensors"), model_config=str(tiny_xl_folder))
+    assert [kw["config"] for kw in asked] == [None, str(tiny_xl_folder)]
+    assert all(kw["add_watermarker"] is False for kw in asked)
+
+
+# Another VAE, and its precision.
+
+
+def vae_folder(model, folder, **changes):
+    """A VAE as diffusers saves it, with other weights, of the model's configuration but for some changes."""
+    vae = AutoencoderKL.from_config({**model.vae.config, **changes})
+    for value in vae.state_dict().values():
+        value.fill_(0.25)
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["folder", "file of the folder", "original file"])
+def test_another_vae_takes_the_place_of_the_models(tiny_xl_folder, tiny_xl_model, tmp_path, kind):
+    folder = vae_folder(tiny_xl_model, tmp_path / "vae")
+    state = load_file(folder / VAE_FILE)
+    save_file(dict(original_names(state)), tmp_path / "original.safetensors")
+    paths = {"folder": "vae", "file of the folder": f"vae/{VAE_FILE}", "original file": "original.safetensors"}
+    model = dno.load_model(tiny_xl_folder, torch.bfloat16, vae=str(tmp_path / paths[kind]))
+    assert model.vae.dtype == torch.bfloat16 and not any(p.requires_grad for p in model.vae.parameters())
+    assert {float(v) for value in model.vae.state_dict().values() for v in value.unique()} == {0.25}
+    assert model.vae.config.scaling_factor == 0.13025
+
+
+def test_another_vae_from_the_hub(tiny_xl_folder, tiny_xl_model, tmp_path, monkeypatch):
+    folder, load = vae_folder(tiny_xl_model, tmp_path / "vae"), AutoencoderKL.from_pretrained
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: folder / file)
+    local = {"owner/vae": folder}
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", lambda name, **kw: load(local.get(name, name), **kw))
+    assert (dno.load_model(tiny_xl_folder, vae="owner/vae").vae.decoder.conv_in.weight == 0.25).all()
+    missing = http_error(errors.RemoteEntryNotFoundError, 404)
+    for error, words in ((ConnectionError(), "hub cannot be reached"), (missing, "is no VAE of diffusers")):
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", raising(error))
+        message = refused(tiny_xl_folder, vae="owner/vae")
+        assert message.startswith("--vae owner/vae") and words in message
+
+
+def test_a_vae_that_cannot_be_used(tiny_xl_folder, tiny_xl_model, tmp_path):
+    def why(vae):
+        return refused(tiny_xl_folder, vae=str(vae))
+
+    assert "--vae /no/such: no such folder or file" in why("/no/such")
+    assert "--vae no/such.safetensors: no such folder or file" in why("no/such.safetensors")
+    (tmp_path / "vae.pt").write_bytes(b"cos\nsystem\n(S'touch bad'\ntR.")
+    assert "a pickle can run code" in why(tmp_path / "vae.pt")
+    folder = vae_folder(tiny_xl_model, tmp_path / "vae")
+    file = folder / VAE_FILE
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(file.read_bytes()[:-100])
+    assert f"--vae {cut} could not be loaded (is it whole?)" in why(cut)
+    state = load_file(file)
+    del state["decoder.conv_out.weight"]
+    save_file(state, tmp_path / "lost.safetensors", metadata={"format": "pt"})
+    assert "could not be loaded (is it whole?)" in why(tmp_path / "lost.safetensors")
+    wide = vae_folder(tiny_xl_model, tmp_path / "wide", latent_channels=16)
+    assert why(wide) == f"--vae {wide} has 16 latent channels; the model's own has 4"
+    (folder / "config.json").unlink()
+    assert "no config.json in it" in why(folder)
+    file.rename(folder / "diffusion_pytorch_model.bin")
+    assert "only diffusion_pytorch_model.bin, a pickle" in why(folder)
+    for vae in ("/no/such", folder):
+        with pytest.raises(UserError, match="--vae"):
+            check_model(tiny_xl_folder, vae=str(vae))
+
+
+@pytest.mark.parametrize(
+    ("upcast", "dtype", "precision", "expected"),
+    [(True, torch.float16, "auto", torch.float32), (True, torch.bfloat16, "auto", torch.bfloat16),
+     (True, torch.float32, "auto", torch.float32), (False, torch.float16, "auto", torch.float16),
+     (True, torch.bfloat16, "fp32", torch.float32), (True, torch.float32, "bf16", torch.bfloat16),
+     (True, torch.float16, "fp16", "--vae_precision fp16: the VAE overflows in it.*bf16 or fp32"),
+     (False, torch.float32, "fp16", torch.float16)],
+)  # fmt: skip
+def test_the_vaes_precision(tiny_xl_model, copy_xl, upcast, dtype, precision, expected):
+    """It is loaded as it was saved and rounded once; in float16 only where its configuration does not warn of it."""
+    tiny_xl_model.vae.register_to_config(force_upcast=upcast)
+    tiny_xl_model.vae.save_config(copy_xl / "vae")
+    if isinstance(expected, str):
+        assert re.search(expected, refused(copy_xl, dtype, vae_precision=precision))
+        return
+    model = dno.load_model(copy_xl, dtype, vae_precision=precision)
+    assert model.dtype == dtype and model.vae.dtype == expected
+    saved = tiny_xl_model.vae.state_dict()
+    assert all(torch.equal(saved[key].to(expected), value) for key, value in model.vae.state_dict().items())
+    images = model.decode(torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert images.dtype == torch.float32 and images.isfinite().all()
+
+
+def test_a_vae_that_overflows_in_float16_gives_finite_images(tiny_xl_model, copy_xl):
+    """Its first layer gives values past 65504, and the others bring them back, as with SDXL's own VAE."""
+    tiny_xl_model.vae.decoder.conv_in.weight.mul_(1e4)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for upcast in (True, False):
+        tiny_xl_model.vae.register_to_config(force_upcast=upcast)
+        tiny_xl_model.vae.save_pretrained(copy_xl / "vae")
+        images = dno.load_model(copy_xl, torch.float16).decode(latents)
+        assert bool(images.isfinite().all()) == upcast, "the second is the proof that it overflows"
+
+
 # LoRA.
 
 
@@ -302,6 +489,14 @@ def test_a_lora_adds_its_scaled_product_to_the_weights(tiny_folder, tiny_model, 
     assert change.abs().max() > 0.01
     assert weights(model).keys() == weights(tiny_model).keys()  # nothing of it is left beside the weights
     assert not any(p.requires_grad for p in model.unet.parameters())
+
+
+def test_a_lora_is_added_to_sdxl(tiny_xl_folder, tiny_xl_model, tmp_path):
+    a, b = torch.ones(2, 16), torch.full((16, 2), 0.5)
+    save_file({f"unet.{TO_Q}.lora_A.weight": a, f"unet.{TO_Q}.lora_B.weight": b}, tmp_path / "lora.safetensors")
+    model = dno.load_model(tiny_xl_folder, lora=f"{tmp_path / 'lora.safetensors'}:2")
+    change = model.unet.get_submodule(TO_Q).weight - tiny_xl_model.unet.get_submodule(TO_Q).weight
+    torch.testing.assert_close(change, 2 * b @ a)
 
 
 @pytest.mark.parametrize(

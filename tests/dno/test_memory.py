@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from dno import memory
-from dno.memory import OUT_OF_MEMORY, PeakMemory, choose_checkpointing, graph_bytes, out_of_memory_explained
+from dno.memory import (
+    OUT_OF_MEMORY,
+    PeakMemory,
+    Plan,
+    choose_checkpointing,
+    choose_plan,
+    graph_bytes,
+    out_of_memory_explained,
+)
 
 CPU = torch.device("cpu")
 
@@ -34,6 +42,92 @@ def test_a_step_that_does_not_fit_at_all_is_cut_into_blocks():
         raise torch.OutOfMemoryError
 
     assert choose_checkpointing(one_step, 10, CPU) == "block"
+
+
+def keeping(size):
+    """A function whose graph keeps so many bytes."""
+    x = torch.ones(size // 4, requires_grad=True)
+    return x.exp
+
+
+@pytest.mark.parametrize(
+    ("free", "finish", "expected"),
+    # As above, without a word on the end; then with 10000 bytes of it, beside which the steps' graphs must fit.
+    [(80_000, None, Plan(10, 10)), (79_999, None, Plan(10, 9)), (8_000, None, Plan(10, 1)),
+     (7_999, None, Plan(10, 0, unet_blocks=True, vae_blocks=True)), (None, None, Plan(10, 0)),
+     (100_000, 10_000, Plan(10, 10)), (99_999, 10_000, Plan(10, 9)), (28_000, 10_000, Plan(10, 1)),
+     (27_999, 10_000, Plan(10, 0)), (19_999, 10_000, Plan(10, 0, vae_blocks=True))],
+)  # fmt: skip
+def test_the_plan_is_the_fastest_that_fits(monkeypatch, free, finish, expected):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    assert choose_plan("auto", 10, CPU, keeping(4000), finish and keeping(finish)) == expected
+
+
+def test_a_gpu_is_filled_further_where_the_end_was_measured(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 40_000)
+    cuda = torch.device("cuda")
+    assert choose_plan("auto", 10, cuda, keeping(4000)).kept_steps == 5
+    assert choose_plan("auto", 10, cuda, keeping(4000), keeping(4000)).kept_steps == 7  # of 34000 bytes
+
+
+@pytest.mark.parametrize(
+    ("free", "kept"), [(10**9, 9), (28_000, 3), (100, 1), (None, 5)], ids=["all", "some", "none", "unknown"]
+)
+def test_partial_keeps_what_fits_and_recomputes_something(monkeypatch, free, kept):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    assert choose_plan("partial", 10, CPU, keeping(4000)) == Plan(10, kept)
+
+
+def test_a_named_plan_is_not_measured():
+    for name, expected in (("none", Plan(10, 10)), ("step", Plan(10, 0)), ("block", Plan(10, 0, True, True))):
+        assert choose_plan(name, 10, CPU, one_step=None) == expected
+        assert expected.name == expected.describe() == name
+    lone = choose_plan("step", 10, CPU, None, guided=False, split_guidance=True)
+    assert lone == Plan(10, 0, split_guidance=True, guided=False)
+
+
+def test_what_runs_out_of_memory_when_it_is_measured_does_not_fit(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**6)
+    failing = fail(torch.OutOfMemoryError())
+    assert choose_plan("auto", 10, CPU, failing).name == "block"
+    assert choose_plan("auto", 10, CPU, keeping(4000), failing) == Plan(10, 0, vae_blocks=True)
+    assert choose_plan("partial", 10, CPU, failing).kept_steps == 1
+    with pytest.raises(KeyError):
+        choose_plan("auto", 10, CPU, fail(KeyError()))
+
+
+def ladder(plan):
+    plans = []
+    while plan is not None:
+        plans.append(plan.describe())
+        plan = plan.leaner()
+    return plans
+
+
+def test_each_plan_is_leaner_than_the_one_before():
+    assert ladder(Plan(9, 9)) == [
+        "none", "partial (4 of 9 steps keep their graph)", "partial (2 of 9 steps keep their graph)",
+        "partial (1 of 9 steps keep their graph)", "step", "block", "block, split guidance",
+    ]  # fmt: skip
+    assert ladder(Plan(9, 0, vae_blocks=True, split_guidance=True)) == [
+        "step, VAE by block, split guidance", "block, split guidance",
+    ]  # fmt: skip
+    assert ladder(Plan(9, 0, guided=False)) == ["step", "block"]
+
+
+def test_a_gradient_that_skips_the_network_keeps_every_graph(monkeypatch):
+    """Nothing is ever recomputed, so the network runs once."""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**4)
+    x = torch.ones(1000, requires_grad=True)
+    for name in ("auto", "none", "partial", "step", "block"):
+        assert choose_plan(name, 0, CPU, lambda: x * 2).recompute(50) == 0
+    assert ladder(Plan(0, 0)) == ["none", "block", "block, split guidance"]
+    assert Plan(0, 0).leaner().recompute(50) == 0
+
+
+def test_the_steps_that_are_recomputed_are_the_first():
+    assert Plan(50, 31).recompute(50) == 19 and Plan(50, 50).recompute(50) == 0 and Plan(50, 0).recompute(50) == 50
+    assert Plan(11, 5).recompute(50) == 45 and Plan(11, 11).recompute(50) == 0
 
 
 def test_free_and_peak_memory_of_the_process_are_plausible():

@@ -1,6 +1,7 @@
 """The Stable Diffusion border against diffusers itself: prediction types, guidance, decoding, prompts, precision."""
 
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ from diffusers import DDIMScheduler
 
 import dno
 from dno.errors import UserError
-from dno.models import StableDiffusion
+from dno.models import MODELS, StableDiffusion, model_spec
 from dno.sampling import sample, step
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -167,6 +168,37 @@ def test_more_steps_than_the_model_has_are_refused(tiny_model, spacing, offset, 
     assert model.schedule(most).timesteps[0] == first
     with pytest.raises(UserError, match=f"--num_steps {most + 1} .* 999 .*{spacing}.*lower it"):
         model.schedule(most + 1)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_the_spacing_can_be_given(tiny_model, spacing):
+    scheduler = DDIMScheduler.from_config(tiny_model.pipe.scheduler.config, timestep_spacing=spacing)
+    scheduler.set_timesteps(7)
+    assert tiny_model.schedule(7, spacing).timesteps.tolist() == scheduler.timesteps.tolist()
+    assert tiny_model.schedule(7).timesteps.tolist() == tiny_model.schedule(7, "leading").timesteps.tolist()
+    with pytest.raises(UserError, match="is 'karras'; expected one of leading, linspace, trailing"):
+        tiny_model.schedule(7, "karras")
+
+
+def test_trailing_steps_are_as_many_as_asked_for(tiny_model):
+    """diffusers has 62 timesteps for 61 steps, the last of them -1."""
+    schedule = tiny_model.schedule(61, "trailing")
+    assert schedule.num_steps == 61 and len(schedule.alpha) == 62 and schedule.timesteps.min() >= 0
+
+
+def test_a_row_says_how_a_few_step_model_samples(tiny_folder, monkeypatch):
+    for name in ("stabilityai/sd-turbo", "stabilityai/sdxl-turbo"):
+        spec = model_spec(name)
+        assert (spec.source, spec.num_steps, spec.guidance_scale) == (name, 1, 0)
+        monkeypatch.setitem(MODELS, "turbo", lambda spec=spec: replace(spec, source=str(tiny_folder)))
+        schedule = dno.load_model("turbo").schedule(4)
+        assert schedule.timesteps.tolist() == [999, 749, 499, 249]
+        assert schedule.alpha[-1] == 1 and schedule.sigma[-1] == 0
+        # One step gives x0, whatever noise there is for it.
+        model = dno.load_model("turbo")
+        denoise = partial(model.denoise, conditioning=model.encode_prompts(["duck"], guided=False), guidance_scale=0)
+        noise = randn(2, 1, 4, 8, 8)
+        assert torch.equal(sample(denoise, noise, model.schedule(1), 1.0), denoise(noise[1], 999)[0])
 
 
 def test_an_unknown_prediction_type_is_refused(tiny_model):

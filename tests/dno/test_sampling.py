@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 
 from dno.sampling import Schedule, draw_noise, keyed_generator, noise_scale, sample, step
 
@@ -13,10 +13,10 @@ CONFIG = {
 SHAPE = (2, 3, 4, 4)
 
 
-def ddim(num_steps, **config):
+def ddim(num_steps, ends_clean=False, **config):
     scheduler = DDIMScheduler(**{**CONFIG, **config})
     scheduler.set_timesteps(num_steps)
-    return scheduler, Schedule.from_alphas_cumprod(scheduler.timesteps, scheduler.alphas_cumprod)
+    return scheduler, Schedule.from_alphas_cumprod(scheduler.timesteps, scheduler.alphas_cumprod, ends_clean)
 
 
 def denoiser(schedule, dtype=torch.float64):
@@ -67,6 +67,29 @@ def test_step_is_eulers_for_flow_matching():
     x = 0.4 * x0 + 0.6 * eps
     torch.testing.assert_close(step(x0, eps, z, schedule, 0, 0.0), x)
     torch.testing.assert_close(step(x0, eps, z, schedule, 1, 0.0), x + (0.0 - 0.6) * (eps - x0))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+def test_a_few_steps_that_end_clean_are_diffusers_euler_ancestral(monkeypatch, num_steps):
+    """From the same start with the same noises; diffusers' levels are sigma / alpha and its samples x / alpha."""
+    _, schedule = ddim(num_steps, ends_clean=True, timestep_spacing="trailing")
+    assert schedule.timesteps[0] == 999 and schedule.alpha[-1] == 1 and schedule.sigma[-1] == 0
+    config = {name: CONFIG[name] for name in ("beta_start", "beta_end", "beta_schedule", "steps_offset")}
+    scheduler = EulerAncestralDiscreteScheduler(**config, timestep_spacing="trailing")
+    scheduler.set_timesteps(num_steps)
+    denoise, noise = denoiser(schedule), noises(num_steps)
+    z = iter(noise.flip(0)[1:])
+    module = "diffusers.schedulers.scheduling_euler_ancestral_discrete"
+    monkeypatch.setattr(f"{module}.randn_tensor", lambda *args, **kw: next(z))
+
+    x = noise[-1] / schedule.alpha[0]
+    for i, t in enumerate(scheduler.timesteps):
+        _, eps = denoise(scheduler.scale_model_input(x, t), schedule.timesteps[i])
+        x = scheduler.step(eps, t, x).prev_sample.double()
+    ours = sample(denoise, noise, schedule, eta=1.0)
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
+    if num_steps == 1:
+        assert torch.equal(ours, denoise(noise[-1], schedule.timesteps[0])[0]), "one step gives x0"
 
 
 def test_noise_scale():
@@ -138,6 +161,46 @@ def test_recomputing_changes_no_bit():
         results.append((latents, noise.grad))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("recompute", [0, 1, 3, 6, 7, 9])
+def test_recomputing_some_steps_gives_the_same_gradient_for_their_work_alone(recompute, eta):
+    _, schedule = ddim(7)
+    results = []
+    for n in (False, recompute):
+        noise, denoise = noises(7).requires_grad_(), denoiser(schedule)
+        latents = sample(denoise, noise, schedule, eta, n)
+        latents.square().sum().backward()
+        results.append((latents, noise.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-12, atol=1e-12)
+    assert denoise.calls == 7 + min(recompute, 7)
+
+
+def test_the_last_steps_keep_their_graphs():
+    """Of the others there are their latents; so the number of values that are kept grows with the steps that keep."""
+    _, schedule = ddim(7)
+    kept = []
+    for recompute in range(8):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):  # noqa: B023
+            sample(denoiser(schedule), noises(7).requires_grad_(), schedule, 1.0, recompute)
+        kept.append(sum(sizes))
+    assert kept == sorted(kept, reverse=True) and kept[-1] == 7 * math.prod(SHAPE) < kept[-2] - math.prod(SHAPE)
+
+
+@pytest.mark.parametrize("recompute", [2, 4, 5, 6])
+def test_recomputing_some_steps_where_the_first_noises_are_frozen(recompute):
+    """K = 3 of T = 7: the graph starts with step 4, the first one after noise 3 has come in."""
+    _, schedule = ddim(7)
+    grads = []
+    for n in (False, recompute):
+        separate, denoise = [z.requires_grad_(i < 4) for i, z in enumerate(noises(7))], denoiser(schedule)
+        loss = sample(denoise, separate, schedule, 1.0, n).square().sum()
+        grads.append(torch.autograd.grad(loss, separate[1:4]))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-12)
+    assert denoise.calls == 7 + max(recompute - 4, 0)
 
 
 @pytest.mark.parametrize(("free", "calls"), [(slice(0, 8), 14), (slice(0, 7), 13), (slice(0, 3), 9), (slice(7, 8), 14)])
