@@ -232,8 +232,6 @@ def _load_vae(vae, pipe):
             with tempfile.TemporaryDirectory() as folder:
                 pipe.vae.save_config(folder)
                 network = AutoencoderKL.from_single_file(str(path), config=folder, torch_dtype=torch.float32)
-            if any(parameter.is_meta for parameter in network.parameters()):
-                raise ValueError("weights are missing in it")
         else:
             source = str(path) if path.is_dir() else str(vae)
             network = AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32, use_safetensors=True)

@@ -194,7 +194,8 @@ def _process_peak_bytes():
 
 
 OUT_OF_MEMORY = (
-    "out of memory; lower, in this order: --checkpointing block, --batch_size 1, --precision bf16, --height and --width"
+    "out of memory; lower, in this order: --checkpointing block --split_guidance, --batch_size 1, "
+    "--reward_checkpointing, --precision bf16, --height and --width"
 )
 
 

@@ -309,7 +309,7 @@ def test_a_reward_without_a_gradient_is_named_with_the_script_for_it(call, rewar
 def test_out_of_memory_names_the_flags_and_keeps_what_was_found(call, reward, tmp_path, no_pictures):
     mine = reward("return images.mean(dim=(1, 2, 3)) if call < 2 else torch.empty(2**50)")
     code, _, err = call(mine)
-    assert code == 2 and "out of memory; lower, in this order: --checkpointing block, --batch_size 1" in err
+    assert code == 2 and "out of memory; lower, in this order: --checkpointing block --split_guidance" in err
     assert len(metrics_of(run_folder(tmp_path))) == 2 and (run_folder(tmp_path) / "best.png").is_file()
 
 

@@ -65,7 +65,7 @@ NUMBERS = ("eta", "guidance_scale", "lr", "gamma", "weight_decay", "max_grad_nor
     + [(name, float(value), "finite") for name in NUMBERS for value in ("nan", "inf")]
     + [("eta", 1.01, "from 0 to 1"), ("min_probability", 1.01, "from 0 to 1"), ("opt_time", 51, "1 to 50")]
     + [("precision", "fp8", "auto, fp32, bf16, fp16"), ("device", "tpu", "cpu, cuda, mps"),
-       ("checkpointing", "some", "step, block, none"), ("optimizer", "lion", "adamw, sgd"),
+       ("checkpointing", "some", "partial, step, block"), ("optimizer", "lion", "adamw, sgd"),
        ("precondition", "diagonal", "spectral"), ("objective", (), "at least one reward"),
        ("noise", "no/such.safetensors", "does not exist"), ("model_config", "no/such", "does not exist")],
 )  # fmt: skip
