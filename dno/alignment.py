@@ -110,14 +110,14 @@ class _Alignment:
                 self._optimize()
                 self._checkpoint()
                 self.team.dismiss()
+                result = self._result()
+                if self.run_folder is not None:
+                    self.run_folder.write_result(result)
         except BaseException:
             self._save_what_there_is()
             raise
         finally:
             self._close()
-        result = self._result()
-        if self.run_folder is not None:
-            self.run_folder.write_result(result)
         if self.screen:
             self.screen.end(result)
         return result
@@ -228,6 +228,7 @@ class _Alignment:
         self.trackers.finish()
         if self.run_folder is not None:
             self.run_folder.draw() if self.metrics else self.run_folder.discard()
+            self.run_folder.close()
 
     def describe(self):
         """Every resolved setting, for args.json and the banner."""

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import time
 import warnings
+import weakref
 from importlib import metadata
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Run:
     args.json, metrics.jsonl, images/, initial.png, best.png, best_noise.safetensors, evolution.png, evolution.gif,
     result.json, and the checkpoints (see `dno.checkpoints`).
     Every file is written aside and renamed, and metrics line by line, so a stop at any moment leaves whole files.
+    No other process can write to it until `close` is called, or the object is gone.
     Each method raises UserError where the disk is full or the folder cannot be written.
     """
 
@@ -39,8 +41,10 @@ class Run:
                 Path(output).expanduser().mkdir(parents=True, exist_ok=True)
                 folder = _new_folder(Path(output).expanduser(), stem)
             self.folder = Path(folder).expanduser()
-            (self.folder / "result.json").unlink(missing_ok=True)
             (self.folder / "images").mkdir(parents=True, exist_ok=True)
+            handle = lock_folder(self.folder)
+            self.close = weakref.finalize(self, os.close, handle) if handle is not None else lambda: None
+            (self.folder / "result.json").unlink(missing_ok=True)
             if not os.access(self.folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
@@ -125,6 +129,27 @@ class Run:
         path = self.folder / name
         with _disk(path):
             write_whole(path, data)
+
+
+def lock_folder(folder):
+    """Keep other processes from writing to the folder until the handle that this returns is closed.
+
+    None where the system has no such locks. Raises UserError where another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"another process is writing to {folder}; wait for it, or stop it first") from None
+    except OSError:  # a network disk without locks
+        os.close(handle)
+        return None
+    return handle
 
 
 def load_noise(path):

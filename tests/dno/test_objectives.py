@@ -251,3 +251,26 @@ def test_the_recipe_as_it_was_printed_is_told_what_it_forgot(write, tiny_model):
     path = write(RECIPE.replace("    return loss_fn\n", ""))
     message = refused(lambda: align(model=tiny_model, objective=f"{path}:custom_loss_fn", num_steps=2, opt_steps=1))
     assert "'custom'" in message and "return loss_fn" in message
+
+
+def test_forgiving_loses_the_images_whose_reward_raises():
+    def factory(inference_dtype=None, device=None):
+        def loss_fn(images, prompts):
+            if "bad" in prompts:
+                raise ConnectionError("no answer")
+            return images.mean(dim=(1, 2, 3))
+
+        return loss_fn
+
+    losses = Losses([Objective("service", 2.0, factory)])
+    images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 4, 4)
+    with pytest.warns(UserWarning, match=r"the reward 'service' failed: ConnectionError: no answer \(test_objectives"):
+        total, rewards = losses.forgiving(images, ["good", "bad", "good"])
+    assert total.tolist()[::2] == [0.0, 4.0] and total[1].isnan()
+    assert rewards["service"].tolist()[::2] == [0.0, -2.0] and rewards["service"][1].isnan()
+
+
+def test_forgiving_does_not_forgive_a_broken_contract():
+    losses = Losses([Objective("none", 1.0, lambda inference_dtype, device: lambda images, prompts: None)])
+    with pytest.raises(UserError, match="returned NoneType"):
+        losses.forgiving(torch.zeros(2, 3, 4, 4), ["a", "b"])

@@ -1,6 +1,7 @@
 """A run gone on with is the run that was never stopped."""
 
 import json
+import os
 import shutil
 import warnings
 
@@ -209,3 +210,17 @@ def test_the_state_on_disk_is_at_most_four_noises_and_a_megabyte(tmp_path):
     folder = save_checkpoint(tmp_path, 1, tensors, {"images": [values]})
     size = sum(path.stat().st_size for path in folder.iterdir())
     assert 4 * noise.nbytes <= size < 4 * noise.nbytes + 1_000_000
+
+
+def test_a_run_that_another_process_is_writing_is_left_alone(quick):
+    pytest.importorskip("fcntl")
+    from dno.runs import lock_folder
+
+    run = quick("run", opt_steps=2)
+    before = lines_of(run.folder)
+    handle = lock_folder(run.folder)
+    with pytest.raises(UserError, match="another process is writing to"):
+        align(resume=run.folder, opt_steps=4)
+    assert lines_of(run.folder) == before and (run.folder / "result.json").is_file()
+    os.close(handle)
+    assert len(align(resume=run.folder, opt_steps=4).metrics) == 4

@@ -1,6 +1,5 @@
-"""Stable Diffusion XL against diffusers itself, finite differences and the official implementation's rewards."""
+"""Stable Diffusion XL against diffusers itself and finite differences; `test_parity` has the official rewards."""
 
-import json
 import warnings
 from functools import partial
 
@@ -11,7 +10,7 @@ from diffusers import DDIMScheduler
 import dno
 from dno.errors import UserError
 from dno.memory import Plan, graph_bytes
-from dno.sampling import draw_noise, sample
+from dno.sampling import sample
 from dno.sdxl import StableDiffusionXL
 
 STEPS = 4
@@ -275,38 +274,3 @@ def test_half_precision(tiny_xl_folder, tiny_xl_model, dtype, tolerance, plan):
     got, _ = gradient(half, plan, scale=1e-7)
     assert not expected.half().any() and got.isfinite().all()
     assert (got - expected).norm() < tolerance * expected.norm()
-
-
-# The official implementation.
-
-
-def golden_cases(folder):
-    cases = json.loads((folder.parent / "trajectories.json").read_text())
-    return {name: case for name, case in cases.items() if case["script"] == "dno_sdxl.py"}
-
-
-@pytest.mark.parametrize("name", ["sdxl_white_full", "sdxl_white_skip_unet"])
-def test_rewards_are_the_official_ones(golden_xl_folder, name):
-    case = golden_cases(golden_xl_folder)[name]
-    flags, rewards = case["flags"], []
-    model = dno.load_model(golden_xl_folder)
-    sizes = {key: flags[key] for key in SIZES}
-    conditioning = model.encode_prompts([flags["prompt"]], **sizes)
-    schedule = model.schedule(flags["num_steps"])
-    full = flags.get("gradient", "full") == "full"
-
-    denoise = partial(
-        model.denoise, conditioning=conditioning, guidance_scale=flags["guidance_scale"], through_network=full
-    )
-    shape = model.latent_shape(1, *model.default_size)
-    noise = draw_noise([flags["seed"]], flags["num_steps"], shape[1:]).requires_grad_()
-    optimizer = torch.optim.AdamW([noise], lr=flags["lr"], weight_decay=flags["weight_decay"])
-    for _ in range(2):  # the gradient of the first iteration shows in the reward of the second
-        with torch.set_grad_enabled(not rewards):
-            reward = model.decode(sample(denoise, noise, schedule, flags["eta"], recompute=4 if full else 0)).mean()
-        rewards.append(reward.item())
-        if len(rewards) == 1:
-            (noise.grad,) = torch.autograd.grad(-reward, noise)
-            torch.nn.utils.clip_grad_norm_([noise], 1.0)
-            optimizer.step()
-    assert rewards == pytest.approx(case["rewards"][:2], abs=case["tolerance"])
