@@ -119,7 +119,8 @@ class Problem:
         settings = self.settings
         steps = min(settings.opt_time + 1, settings.num_steps)
         if settings.gradient == "skip_unet":  # a step's graph is a few latents
-            return Plan(0, 0, vae_blocks=settings.checkpointing == "block", guided=self.guided)
+            block = settings.checkpointing == "block"
+            return Plan(0, 0, vae_blocks=block, split_guidance=settings.split_guidance, guided=self.guided)
         # On a CPU the decoder's graph is small beside the free memory, and an image less is an image less.
         finish = self._finish if self.device.type == "cuda" else None
         return choose_plan(
