@@ -25,7 +25,7 @@ demo: $(STAMP)
 	$(VENV_PYTHON) dno_stable_diffusion.py --model sprites $(DEMO_FLAGS)
 
 test: lint
-	$(VENV_PYTHON) -m pytest -q
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)
 	$(VENV_PYTHON) -m ruff check .

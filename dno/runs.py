@@ -83,7 +83,8 @@ class Run:
         """result.json, which says that the run was not cut short."""
         found = {
             "rewards": result.rewards.tolist(), "steps": result.steps, "stopped": result.stopped,
-            "iterations": len(result.metrics), "first": result.metrics[0], "last": result.metrics[-1],
+            "iterations": len(result.metrics), "first": result.metrics[0]["images"],
+            "best": [{} if step is None else result.metrics[step]["images"][b] for b, step in enumerate(result.steps)],
             "seconds": sum(metrics["seconds"] for metrics in result.metrics),
         }  # fmt: skip
         self._write("result.json", json.dumps(_plain(found), indent=2).encode() + b"\n")

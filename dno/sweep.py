@@ -12,6 +12,7 @@ import torch
 from dno.alignment import align
 from dno.errors import UserError
 from dno.files import write_whole
+from dno.objectives import METRICS
 from dno.problem import Loaded
 from dno.resume import CHANGEABLE, STOPPING
 from dno.settings import Settings
@@ -111,32 +112,20 @@ def _stage(path):
 
 
 def _summary(folder, runs, folders):
-    rows = []
-    for (prompt, seed), path in zip(runs, folders):
-        row = {"prompt": prompt, "seed": seed, "folder": path.name}
-        if (path / "result.json").is_file():
-            result = json.loads((path / "result.json").read_text(encoding="utf-8"))
-            row |= {
-                "first": result["first"]["reward"], "best": _mean(result["rewards"]), "steps": result["steps"],
-                "iterations": result["iterations"], "probability": result["last"]["probability"],
-                "seconds": result["seconds"], "stopped": result["stopped"],
-            }  # fmt: skip
-        else:
-            file = path / "failed.txt"
-            row["failed"] = file.read_text(encoding="utf-8").strip() if file.is_file() else "no result"
-        rows.append(row)
-    table = ["| prompt | seed | first reward | best | at iteration | last P(z) | seconds |", "|---|" + "---:|" * 6]
+    rows = [{"prompt": prompt, "seed": seed, **_row(path)} for (prompt, seed), path in zip(runs, folders)]
+    names = list(dict.fromkeys(name for row in rows for name in row.get("others", ())))
+    header = ["prompt", "seed", "first reward", "best", "at iteration", "P(z)", *names, "seconds"]
+    table = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
     for row in rows:
-        prompt = row["prompt"].replace("|", "\\|")
         if "failed" in row:
-            table.append(f"| {prompt} | {row['seed']} | failed: {row['failed'].replace('|', ' ')} | | | | |")
+            cells = [f"failed: {row['failed']}"] + [""] * (len(header) - 3)
         else:
+            others = [_number(row["others"].get(name)) for name in names]
             steps = ", ".join("-" if step is None else str(step) for step in row["steps"])
-            best, first = (f"{row[name]:.4f}" if row[name] is not None else "-" for name in ("best", "first"))
-            table.append(
-                f"| {prompt} | {row['seed']} | {first} | {best} | {steps} | {row['probability']:.2g} | "
-                f"{row['seconds']:.1f} |"
-            )
+            cells = [_number(row["first"]), _number(row["best"]), steps, _number(row["probability"], ".2g"), *others]
+            cells.append(f"{row['seconds']:.1f}")
+        cells = [row["prompt"], str(row["seed"]), *cells]
+        table.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     text = "\n".join(table)
     write_whole(folder / "summary.md", f"{text}\n".encode())
     write_whole(folder / "summary.json", json.dumps(rows, indent=2).encode() + b"\n")
@@ -146,6 +135,26 @@ def _summary(folder, runs, folders):
     return rows
 
 
-def _mean(rewards):
-    known = [reward for reward in rewards if reward is not None]
+def _row(path):
+    """What summary.json says of one run: means over its images, at the best iteration of each."""
+    if not (path / "result.json").is_file():
+        file = path / "failed.txt"
+        why = file.read_text(encoding="utf-8").strip() if file.is_file() else "no result"
+        return {"folder": path.name, "failed": why}
+    result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+    best = {name: _mean(image.get(name) for image in result["best"]) for name in result["best"][0]}
+    return {
+        "folder": path.name, "first": _mean(image["reward"] for image in result["first"]),
+        "best": _mean(result["rewards"]), "steps": result["steps"], "iterations": result["iterations"],
+        "probability": best.get("probability"), "seconds": result["seconds"], "stopped": result["stopped"],
+        "others": {name: value for name, value in best.items() if name not in METRICS},
+    }  # fmt: skip
+
+
+def _mean(values):
+    known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def _number(value, form=".4f"):
+    return "-" if value is None else format(value, form)

@@ -31,7 +31,7 @@ GRADIENT = {"estimator": "backprop", "prefix": "SD"}
 
 def test_each_run_is_as_if_alone_on_one_process_or_two(launch, tmp_path, prompts):
     for size in (1, 2):
-        results = launch(size, f"--prompts prompts.txt --seeds 3 4 --output {size}", **GRADIENT)
+        results = launch(size, f"--prompts prompts.txt --seeds 3 4 --evaluate jpeg --output {size}", **GRADIENT)
         assert [code for code, *_ in results] == [0] * size, results
         assert results[0][1].count("| white duck | 3 |") == 1
     one, two = (next((tmp_path / str(size)).iterdir()) for size in (1, 2))
@@ -40,6 +40,8 @@ def test_each_run_is_as_if_alone_on_one_process_or_two(launch, tmp_path, prompts
     assert [(row["prompt"], row["seed"]) for row in rows] == [
         (prompt, seed) for prompt in ("white duck", "red car", "green | tree") for seed in (3, 4)
     ]
+    assert "| P(z) | contrast | jpeg | seconds |" in (one / "summary.md").read_text()
+    assert all(row["others"]["jpeg"] < 0 and row["others"]["contrast"] == row["best"] for row in rows)
     assert r"| green \| tree | 3 |" in (one / "summary.md").read_text()
     for row in rows:
         noises = [load_noise(folder / row["folder"] / "best_noise.safetensors") for folder in (one, two)]
