@@ -1,9 +1,10 @@
-"""Quality of the embedded model: measures every bar of sprites/README.md and prints the table.
+"""Quality of the embedded models: measures every bar of sprites/README.md and prints the table.
 
     python benchmarks/sprites_quality.py                       # 64 prompts x 8 seeds, minutes on two cores
     python benchmarks/sprites_quality.py --grid samples.png    # also writes a sheet of the samples
+    python benchmarks/sprites_quality.py --model sprites/xl    # also measures the micro-conditioning
 
-Sampling is diffusers' own StableDiffusionPipeline on the folder as it lies in the repository.
+Sampling is diffusers' own pipeline on the folder as it lies in the repository.
 """
 
 import argparse
@@ -14,41 +15,46 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sprites.data import WHOLE
 from sprites.judge import load_judge, name
 from sprites.networks import to_images
 from sprites.scenes import COLOURS, PAIRS, SIZE, THINGS, caption, layout, render, scenes
 from sprites.tokens import token_ids
 
+SPRITES = Path(__file__).resolve().parent.parent / "sprites"
 HELD_OUT = 1000  # the seed of scenes that no stage was trained on
 CAPTIONS = [caption(*pair) for pair in PAIRS]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(Path(__file__).resolve().parent.parent / "sprites"))
+    parser.add_argument("--model", type=Path, default=SPRITES)
     parser.add_argument("--seeds", type=int, default=8, help="samples of each of the 64 prompts")
     parser.add_argument("--num_steps", type=int, default=25)
     parser.add_argument("--eta", type=float, default=1.0)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--num_scenes", type=int, default=4096, help="held-out scenes, a multiple of 64")
-    parser.add_argument("--grid", help="write the samples of the first two seeds to this picture")
+    parser.add_argument("--grid", help="write the samples of the first seeds to this picture")
+    parser.add_argument("--grid_seeds", type=int, default=2, help="how many seeds the picture shows")
     args = parser.parse_args()
 
-    pipeline = StableDiffusionPipeline.from_pretrained(args.model)
+    pipeline = DiffusionPipeline.from_pretrained(args.model)
     pipeline.set_progress_bar_config(disable=True)
-    judge, clip = load_judge(Path(args.model) / "judge"), load_clip(Path(args.model) / "clip")
+    judges = args.model if (args.model / "judge").exists() else SPRITES
+    judge, clip = load_judge(judges / "judge"), load_clip(judges / "clip")
     drawn, pairs = scenes(0, args.num_scenes, HELD_OUT)
     truth = [PAIRS[pair] for pair in pairs]
     drawn = to_images(drawn)
 
     began = time.perf_counter()
-    samples = sample(pipeline, args)
+    samples = sample(pipeline, args, args.seeds)
     sampling = time.perf_counter() - began
     prompts = list(PAIRS) * args.seeds
     seen = name(judge, samples)
@@ -77,6 +83,8 @@ def main():
         (f"guided UNet call / decode, {threads} threads", "", f"{call:.0f} ms / {decode:.0f} ms"),
         ("seconds a sample", "", f"{sampling / len(samples):.2f} s"),
     ]  # fmt: skip
+    if isinstance(pipeline, StableDiffusionXLPipeline):
+        rows += micro_conditioning(pipeline, args, judge, samples, drawn)
     print("| measure | bar | measured |\n|---|---|---|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
@@ -86,18 +94,59 @@ def main():
         sep="\n  ",
     )
     if args.grid:
-        contact_sheet(samples[: 2 * len(PAIRS)]).save(args.grid, optimize=True)
+        contact_sheet(samples[: args.grid_seeds * len(PAIRS)]).save(args.grid, optimize=True)
 
 
 @torch.no_grad()
-def sample(pipeline, args):
+def sample(pipeline, args, seeds, **options):
     """All prompts for each seed, a generator for each sample: (64 * seeds, 3, 64, 64) in [-1, 1]."""
     images = []
-    for seed in range(args.seeds):
+    for seed in range(seeds):
         generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(CAPTIONS))]
         images += pipeline(CAPTIONS, num_inference_steps=args.num_steps, eta=args.eta, generator=generators,
-                           guidance_scale=args.guidance_scale, output_type="pt").images  # fmt: skip
+                           guidance_scale=args.guidance_scale, output_type="pt", **options).images  # fmt: skip
     return torch.stack(images) * 2 - 1
+
+
+def micro_conditioning(pipeline, args, judge, samples, drawn, size=24, crop=16):
+    """Rows about sprites-xl's original size and crop: 64 samples each, beside held-out scenes treated alike.
+
+    samples, drawn: pictures (N, 3, 64, 64) in [-1, 1]; the first 64 samples began from the same noise.
+    """
+    samples = samples[: len(PAIRS)]
+    small = sample(pipeline, args, 1, original_size=(size, size))
+    treated = resize(resize(drawn, size), SIZE)
+    ours, scenes = sharpness(small) / sharpness(samples), sharpness(treated) / sharpness(drawn)
+    # The autoencoder has seen sharp scenes only and sharpens others: no sample can be softer than it allows.
+    rebuilt = sharpness(reconstruct(pipeline.vae, treated[:512])) / sharpness(reconstruct(pipeline.vae, drawn[:512]))
+    cropped = sample(pipeline, args, 1, crops_coords_top_left=(crop, crop))
+    treated = F.pad(drawn, (0, crop, 0, crop), mode="replicate")[..., crop:, crop:]
+    down, right = (place(cropped) - place(samples)).tolist()
+    drawn_down, drawn_right = (place(treated) - place(drawn)).tolist()
+    return [
+        (f"sharpness with original_size {size} / without: samples / scenes through the autoencoder / scenes", "",
+         f"{ours:.2f} / {rebuilt:.2f} / {scenes:.2f}"),
+        ("  second judge agrees with the prompt, 64 of these samples", "", percent(name(judge, small), PAIRS)),
+        (f"subject moves (down, right) with crops_coords_top_left ({crop}, {crop}), samples / scenes", "",
+         f"({down:.1f}, {right:.1f}) / ({drawn_down:.1f}, {drawn_right:.1f}) pixels"),
+    ]  # fmt: skip
+
+
+def resize(images, size):
+    return F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+
+
+def sharpness(images):
+    """Mean squared difference of neighbouring pixels."""
+    return (images.diff(dim=2).square().mean() + images.diff(dim=3).square().mean()).item()
+
+
+def place(images):
+    """Mean place (y, x) in pixels of what differs from the background, which is read at the right edge: (2,)."""
+    seen = ((images - images[..., -2:].mean(3, keepdim=True)).abs().amax(1) > 0.4).float()  # (B, H, W)
+    y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
+    total = seen.sum((1, 2)).clamp(min=1)
+    return torch.stack([((seen * axis).sum((1, 2)) / total).mean() for axis in (y, x)])
 
 
 def load_clip(folder):
@@ -138,10 +187,15 @@ def recoloured(judge, layouts=8):
 
 
 @torch.no_grad()
-def psnr(vae, images):
-    """Peak signal-to-noise ratio of reconstructions from the latents' mean, dB; the pixels' range is 2."""
+def reconstruct(vae, images):
+    """What the autoencoder makes of images (B, 3, 64, 64) in [-1, 1], from the latents' mean."""
     parts = [vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in images.split(64)]
-    return (10 * torch.log10(4 / (torch.cat(parts) - images).square().mean())).item()
+    return torch.cat(parts)
+
+
+def psnr(vae, images):
+    """Peak signal-to-noise ratio of reconstructions, dB; the pixels' range is 2."""
+    return (10 * torch.log10(4 / (reconstruct(vae, images) - images).square().mean())).item()
 
 
 def brightness(images):
@@ -154,6 +208,10 @@ def timings(pipeline, repeats=15):
     """Median milliseconds of a guided UNet call (a batch of two) and of decoding one image."""
     x = torch.randn(2, 4, SIZE // 4, SIZE // 4)
     text = torch.randn(2, pipeline.tokenizer.model_max_length, pipeline.unet.config.cross_attention_dim)
+    added = None
+    if isinstance(pipeline, StableDiffusionXLPipeline):
+        pooled = torch.randn(2, pipeline.text_encoder_2.config.projection_dim)
+        added = {"text_embeds": pooled, "time_ids": torch.tensor([WHOLE, WHOLE])}
 
     def clock(function):
         times = []
@@ -163,7 +221,8 @@ def timings(pipeline, repeats=15):
             times.append(time.perf_counter() - began)
         return 1000 * statistics.median(times)
 
-    return clock(lambda: pipeline.unet(x, 500, text).sample), clock(lambda: pipeline.vae.decode(x[:1]).sample)
+    call = clock(lambda: pipeline.unet(x, 500, text, added_cond_kwargs=added).sample)
+    return call, clock(lambda: pipeline.vae.decode(x[:1]).sample)
 
 
 def contact_sheet(images):

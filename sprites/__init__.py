@@ -1,5 +1,6 @@
-"""The embedded model: a small Stable Diffusion, the scenes it was trained on, and its two judges.
+"""The embedded models: a small Stable Diffusion and a Stable Diffusion XL, their scenes, and two judges.
 
-Importing this package does nothing. The pipeline's weights lie beside this file, so
-`StableDiffusionPipeline.from_pretrained("sprites")` loads it; README.md is the model card.
+Importing this package does nothing. The pipelines' weights lie beside this file:
+`StableDiffusionPipeline.from_pretrained("sprites")` and `StableDiffusionXLPipeline.from_pretrained("sprites/xl")`
+load them; README.md is the model card.
 """

@@ -5,7 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessor
 
@@ -15,13 +15,15 @@ from sprites.scenes import SIZE
 from sprites.tokens import build_tokenizer
 
 
-def export(output, vae=None, unet=None, clip=None, judge=None):
+def export(output, vae=None, unet=None, clip=None, judge=None, unet_xl=None):
     """Write what is given, state dicts, below the folder `output`; each file is replaced when complete."""
     output = Path(output)
     with tempfile.TemporaryDirectory(dir=output, prefix=".export-") as folder:
         folder = Path(folder)
         if vae and unet:
             write_pipeline(folder, vae, unet)
+        if vae and unet_xl:
+            write_pipeline_xl(folder / "xl", vae, unet_xl)
         if clip:
             write_clip(folder / "clip", clip)
         if judge:
@@ -53,6 +55,27 @@ def write_pipeline(folder, vae_weights, unet_weights):
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     write_vocabulary(folder / "tokenizer")
+
+
+def write_pipeline_xl(folder, vae_weights, unet_weights):
+    """sprites-xl, stored as the pipeline above; both tokenizers are the same."""
+    vae, tokenizer = networks.autoencoder(), build_tokenizer()
+    vae.load_state_dict(vae_weights)
+    model = networks.text_to_latents_xl(tokenizer)
+    model.load_state_dict(unet_weights)
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae.half(),
+        text_encoder=model["text_encoder"].float(),
+        text_encoder_2=model["text_encoder_2"].float(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=model["unet"].half(),
+        scheduler=networks.scheduler(),
+        force_zeros_for_empty_prompt=True,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for name in ("tokenizer", "tokenizer_2"):
+        write_vocabulary(folder / name)
 
 
 def write_clip(folder, weights):

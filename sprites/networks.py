@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sprites.scenes import SIZE
 from sprites.tokens import MAX_LENGTH
@@ -16,6 +16,7 @@ SCALING = 0.18215  # Stable Diffusion's own, so that nothing that assumes it goe
 # hint. The 16 x 16 latents' mean has a noise of 1/16; at std 1 the hint is almost as strong and the samples'
 # brightness varies too little (an earlier model: 0.82 of the data's). At 0.5 the hint drowns.
 LATENT_STD = 0.5
+TIME_WIDTH = 32  # sprites-xl: width of the sinusoids of each of the six numbers of the micro-conditioning
 
 
 def autoencoder():
@@ -33,13 +34,13 @@ def autoencoder():
     )
 
 
-def text_config(tokenizer):
+def text_config(tokenizer, layers=2):
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
         projection_dim=WIDTH,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=MAX_LENGTH,
         bos_token_id=tokenizer.bos_token_id,
@@ -61,6 +62,66 @@ def text_to_latents(tokenizer):
         norm_num_groups=32,
     )
     return nn.ModuleDict({"text_encoder": CLIPTextModel(text_config(tokenizer)), "unet": unet})
+
+
+def text_to_latents_xl(tokenizer):
+    """The networks of sprites-xl: `text_encoder`, `text_encoder_2` and `unet` (6.3 M).
+
+    Stable Diffusion XL reads both text encoders before their last layer. So the first has a third layer, which is
+    never read and not trained; the second is the text tower of `clip` and is frozen as a whole.
+    """
+    unet = UNet2DConditionModel(
+        sample_size=SIZE // 4,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=2 * WIDTH,
+        attention_head_dim=4,  # diffusers reads this as the number of heads
+        use_linear_projection=True,
+        norm_num_groups=32,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_WIDTH,
+        projection_class_embeddings_input_dim=WIDTH + 6 * TIME_WIDTH,
+    )
+    first = CLIPTextModel(text_config(tokenizer, layers=3))
+    second = CLIPTextModelWithProjection(text_config(tokenizer)).requires_grad_(False)
+    first.encoder.layers[-1].requires_grad_(False)
+    first.final_layer_norm.requires_grad_(False)
+    return nn.ModuleDict({"text_encoder": first, "text_encoder_2": second, "unet": unet})
+
+
+def encode_xl(model, ids):
+    """What Stable Diffusion XL makes of token ids (B, 16): hidden states (B, 16, 192), pooled embedding (B, 96)."""
+    first, second = (model[name](ids, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2"))
+    return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second.text_embeds
+
+
+@torch.no_grad()
+def warm_start_xl(model, small, clip, ids):
+    """Let `text_to_latents_xl` begin as the finished model it grows out of.
+
+    small, clip: state dicts of `text_to_latents` and of `clip`. ids: token ids (N, 16) of the captions.
+    Whatever is new adds nothing at first: the embedding of pooled text and micro-conditioning, the second block of
+    each transformer. The hidden states are those of two encoders, without the final normalization that `small` was
+    trained on; a linear map, fitted over the captions, gives its inputs back and goes into the cross-attention.
+    """
+    own = model.state_dict()
+    start = small | {f"text_encoder_2.{name}": value for name, value in clip.items()}
+    for name in own.keys() & start.keys():
+        if start[name].numel() == own[name].numel():  # 1 x 1 convolutions have become linear layers
+            own[name].copy_(start[name].view_as(own[name]))
+
+    hidden, _ = encode_xl(model, ids)
+    normalized = model["text_encoder"].final_layer_norm(hidden[..., :WIDTH])
+    restore = torch.linalg.lstsq(hidden.flatten(0, 1), normalized.flatten(0, 1), driver="gelsd").solution  # (192, 96)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) and name in small:
+            parameter.copy_(small[name] @ restore.T)
+        new = ".transformer_blocks.1." in name and (".to_out.0." in name or ".ff.net.2." in name)
+        if new or "add_embedding.linear_2." in name:
+            parameter.zero_()
 
 
 def clip(tokenizer):

@@ -50,7 +50,7 @@ def test_a_wrong_picture_is_turned_into_its_prompt(model, monkeypatch):
     """Conditioned on another prompt, the picture moves towards its own all the same; both parts of a sum rise."""
     settings = {**SETTINGS, "prompt": "red car", "guidance_scale": 1.0, "opt_steps": 8}
     wrong = model.encode_prompts(["white duck"])
-    monkeypatch.setattr(model, "encode_prompts", lambda prompts, negative: wrong)
+    monkeypatch.setattr(model, "encode_prompts", lambda *_, **__: wrong)
     alone = align(model=model, objective="sprites", **settings).metrics
     assert alone[-1]["sprites"] > alone[0]["sprites"] + 1
     both = align(model=model, objective=["sprites:0.05", "black"], **settings).metrics
