@@ -3,7 +3,7 @@
 import math
 import statistics
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,9 +17,12 @@ from dno.objectives import describe
 from dno.optimize import StopRules, begin, optimize_noise
 from dno.problem import Loaded, Problem
 from dno.resume import resumed
-from dno.runs import Run
+from dno.runs import Run, versions
 from dno.settings import Settings
 from dno.trackers import Trackers
+
+# Settings that are of no use where the model is loaded already.
+LOADED_WITH = {"lora", "variant", "model_config", "precision", "device", "vae", "vae_precision", "compile"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def align(
     if isinstance(model, str | Path):
         settings["model"], model = str(model), None
     elif model is not None:
-        if late := settings.keys() & {"lora", "variant", "model_config", "precision", "device"}:
+        if late := settings.keys() & LOADED_WITH:
             raise UserError(f"{', '.join(sorted(late))}: the model is loaded already; give it to load_model")
         settings["model"], loaded = model.name, Loaded(model)
     if not isinstance(noise, torch.Tensor):
@@ -84,6 +87,13 @@ def align(
         settings, checkpoint = resumed(resume, settings)
     else:
         settings = Settings(**{"output": None, **settings}).resolve()
+    if team is not None and team.size > 1 and settings.estimator == "backprop":
+        raise UserError(
+            f"{team.size} processes and one run; give --prompts or --seeds, which are shared out to them, or "
+            "--estimator hybrid, which shares out samples"
+        )
+    if checkpoint is not None:  # it has the noise
+        settings = replace(settings, noise=None)
     problem = Problem(settings, noise, team, loaded)
     return _Alignment(problem, checkpoint, callback, screen).run(resume or folder, prefix)
 
@@ -125,14 +135,15 @@ class _Alignment:
     def _open(self, folder, prefix):
         settings = self.settings
         if self.checkpoint is not None:
-            self.run_folder = Run(folder=folder)
-            self.metrics = self.run_folder.cut_metrics(self.checkpoint.step)
+            self.run_folder = Run(folder=folder, resume=True)
+            self.metrics = self.run_folder.cut(self.checkpoint.step)
         elif folder is not None or settings.output is not None:
             self.run_folder = Run(settings.output, prefix, folder)
 
     def _begin(self):
         if self.run_folder is not None:
-            self.run_folder.write_args({**self.describe(), "reward_files": rewards.loaded_files()})
+            args = {**self.describe(), "reward_files": rewards.loaded_files()}
+            self.run_folder.write_args(args, done=len(self.metrics))
             settings = self.settings
             folder, every = self.run_folder.folder / "trackers", settings.report_images_every
             self.trackers = Trackers(settings.report_to, folder, self.describe(), every)
@@ -146,6 +157,7 @@ class _Alignment:
         self.states = begin(noise, problem.make_optimizer)
         if self.checkpoint is not None:
             self._unpack()
+            self._restore_best()
         self.peak.reset()
         optimize_noise(
             problem.source(), self.states, problem.free, problem.regularizer,
@@ -155,16 +167,18 @@ class _Alignment:
             rules=StopRules(settings.target_reward, settings.patience, settings.min_probability, settings.max_seconds),
             subsample=settings.subsample,
             evaluate=problem.evaluate if problem.evaluation else None,
+            moving=self._move,
             report=self._report,
             first_step=len(self.metrics),
             seconds=sum(metrics["seconds"] for metrics in self.metrics),
         )  # fmt: skip
 
+    def _move(self):
+        self.whole = False  # until every image has moved and the metrics are on disk
+
     def _report(self, step, active, images, seconds):
-        self.whole = False  # until the metrics of the step are on disk, beside the state that it led to
         metrics = _metrics(step, self.states, seconds, self.peak.read())
         self.peak.reset()
-        self.team.alive()
         if self.run_folder is not None:
             self._save(step, active, images, metrics)
         self.metrics.append(metrics)
@@ -178,19 +192,26 @@ class _Alignment:
             self.callback(metrics)
 
     def _save(self, step, active, images, metrics):
-        run, settings, states = self.run_folder, self.settings, self.states
         for row, b in enumerate(active):
-            text = {"prompt": settings.prompt, "seed": settings.seed + b, "step": step, "reward": metrics["rewards"][b]}
-            if step % settings.save_every == 0:
-                run.save_image(f"images/{step:03d}", images[row], b, **text)
+            image, reward = images[row], metrics["rewards"][b]
+            if step % self.settings.save_every == 0:
+                self._save_picture(f"images/{step:03d}", image, b, step, reward)
             if step == 0:
-                run.save_image("initial", images[row], b, **text)
-            if states[b].best_step == step:
-                run.save_image("best", images[row], b, **text)
-        if any(states[b].best_step == step for b in active):
-            names = ("model", "prompt", "seed", "num_steps", "eta", "guidance_scale")
-            run.save_noise(_best_noise(states), **{name: getattr(settings, name) for name in names})
-        run.log(metrics)
+                self._save_picture("initial", image, b, step, reward)
+            if self.states[b].best_step == step:
+                self._save_picture("best", image, b, step, reward)
+        if any(self.states[b].best_step == step for b in active):
+            self._save_noise()
+        self.run_folder.log(metrics)
+
+    def _save_picture(self, name, image, b, step, reward=None):
+        reward = self.metrics[step]["rewards"][b] if reward is None else reward
+        text = {"prompt": self.settings.prompt, "seed": self.settings.seed + b, "step": step, "reward": reward}
+        self.run_folder.save_image(name, image, b, **text)
+
+    def _save_noise(self):
+        names = ("model", "prompt", "seed", "num_steps", "eta", "guidance_scale")
+        self.run_folder.save_noise(_best_noise(self.states), **{name: getattr(self.settings, name) for name in names})
 
     def _checkpoint(self):
         """The state after the last whole iteration, unless it is on disk already."""
@@ -202,9 +223,11 @@ class _Alignment:
             image_tensors, image_values = state.pack()
             tensors |= {f"{b}.{name}": tensor for name, tensor in image_tensors.items()}
             values.append(image_values)
-        # Not "auto": the run may go on elsewhere, but in the same precision.
-        settings = {**asdict(self.settings), "precision": self.problem.precision}
-        state = {"settings": settings, "images": values}
+        # Not "auto" and None: the run may go on elsewhere, but with the same precision and size.
+        height, width = self.problem.size
+        resolved = {"precision": self.problem.precision, "height": height, "width": width}
+        state = {"settings": {**asdict(self.settings), **resolved}, "images": values, "versions": versions()}
+        self.run_folder.sync()
         save_checkpoint(self.run_folder.folder, step, tensors, state, self.settings.checkpoints_total_limit)
         self.saved = step
 
@@ -213,6 +236,17 @@ class _Alignment:
             prefix = f"{b}."
             tensors = {k.removeprefix(prefix): v for k, v in self.checkpoint.tensors.items() if k.startswith(prefix)}
             state.unpack(tensors, values)
+
+    def _restore_best(self):
+        """best.png and best_noise.safetensors as they were at the checkpoint, where later ones took their place."""
+        later = [b for b, s in enumerate(self.states) if self.run_folder.picture_step("best", b) != s.best_step]
+        if not later:
+            return
+        self._best_images()
+        for b in later:
+            if self.states[b].best_step is not None:
+                self._save_picture("best", self.states[b].best_image, b, self.states[b].best_step)
+        self._save_noise()
 
     def _save_what_there_is(self):
         if self.whole and self.states:

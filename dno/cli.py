@@ -147,19 +147,22 @@ class _Work:
         from dno.sweep import sweep
         from dno.team import join_team
 
-        device, timeout = self.settings.get("device", "auto"), self.settings.get("timeout", Settings.timeout)
-        self.team = join_team(device, timeout)
+        known = self._run_settings()
+        self.team = join_team(known["device"], known["timeout"])
         if not self.team.leads:
             warnings.showwarning = functools.partial(_show_warning, rank=self.team.rank)
         if self.prompts or self.seeds:
             return sweep(self.settings, self.prompts, self.seeds, self.prefix, self.team)
-        if self.team.size > 1 and self.settings.get("estimator") == "backprop":
-            raise UserError(
-                f"{self.team.size} processes and one run; give --prompts or --seeds, which are shared out to them, or "
-                "--estimator hybrid, which shares out samples"
-            )
         self.screen = Screen() if self.team.leads else None
         align(**self.settings, prefix=self.prefix, screen=self.screen, team=self.team, resume=self.resume)
+
+    def _run_settings(self):
+        """The flags, and on --resume the run's own where none are given."""
+        if self.resume is None:
+            return self.settings
+        from dno.checkpoints import load_newest
+
+        return {**load_newest(self.resume, report=lambda line: None).state["settings"], **self.settings}
 
     def end(self, why, code):
         """Say why, what is left and how to go on, and exit."""
@@ -174,12 +177,14 @@ class _Work:
         sys.exit(code)
 
     def _what_is_kept(self):
+        if self.prompts or self.seeds:
+            return "; the same command goes on with what is missing"
         folder = self.screen and self.screen.folder
         if not folder or not Path(folder).is_dir():  # gone where nothing was found
             return ""
         if not (Path(folder) / "checkpoints").is_dir():
             return f"; what was found is in {folder}"
-        command = f"python {Path(sys.argv[0]).name} --resume {shlex.quote(str(folder))}"
+        command = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}"
         return f"; what was found is in {folder}, to go on:\n  {command}"
 
 

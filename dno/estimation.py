@@ -76,6 +76,7 @@ class Estimation:
     antithetic: samples in pairs z +- mu xi; their differences are central, which takes out every even order.
     pad: fill up batches to batch_size. In half precision the path of a sample, and so its rounding, depends on the
         size of its batch, and what is wanted is a small difference between two samples.
+    idle: which of the free noises have no effect on the image, such as the last step's; they are not perturbed.
     team: the processes that share the samples. The first of them is called; the others `serve`.
     backprop_cost: what the first one does besides, in samples: it gets fewer.
     max_bad_samples: so many in a row without a finite reward end the run.
@@ -85,11 +86,11 @@ class Estimation:
 
     def __init__(
         self, render, loss, free, estimator, *, mu, num_samples, draw, batch_size=4, antithetic=False, pad=False,
-        team=None, backprop_cost=3.0, max_bad_samples=10,
+        idle=(), team=None, backprop_cost=3.0, max_bad_samples=10,
     ):  # fmt: skip
         self.render, self.loss, self.free, self.estimator = render, loss, free, ESTIMATORS[estimator]
         self.mu, self.num_samples, self.draw, self.batch_size = mu, num_samples, draw, batch_size
-        self.antithetic, self.pad = antithetic, pad
+        self.antithetic, self.pad, self.idle = antithetic, pad, list(idle)
         self.team = Team() if team is None else team
         self.backprop_cost, self.max_bad_samples = backprop_cost, max_bad_samples
         self.bad_in_a_row = 0
@@ -102,7 +103,9 @@ class Estimation:
     def serve(self):
         """Take part in the first process's estimates until it is done."""
         while (task := self.team.receive_task()) is not None:
-            self.estimator(_Work(self, *task))
+            noise, images, step = task
+            if images:  # none: the leader is busy with something else, and alive
+                self.estimator(_Work(self, noise, images, step))
 
     def judge(self, bad, step, images):
         """Warn of lost samples, and end the run at too many in a row. bad: (B, q) booleans, in sample order."""
@@ -162,7 +165,9 @@ class _Work:
         """(T + 1, n, C, h, w), the free noises moved."""
         noise = self.noise[:, self.rows_of(chunk)]
         shape = (len(noise[self.free]), *noise.shape[2:])
-        noise[self.free] += self.perturbations(chunk, shape, 1)
+        moves = self.perturbations(chunk, shape, 1)
+        moves[self.source.idle] = 0
+        noise[self.free] += moves
         return noise
 
     def perturbed_images(self, x, chunk):

@@ -232,6 +232,7 @@ def _load_vae(vae, pipe):
             with tempfile.TemporaryDirectory() as folder:
                 pipe.vae.save_config(folder)
                 network = AutoencoderKL.from_single_file(str(path), config=folder, torch_dtype=torch.float32)
+            network.register_to_config(force_upcast=None)  # the model's own says nothing of this one: nobody knows
         else:
             source = str(path) if path.is_dir() else str(vae)
             network = AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32, use_safetensors=True)
@@ -245,10 +246,10 @@ def _load_vae(vae, pipe):
 
 
 def _vae_dtype(precision, dtype, vae, family):
-    overflows = family.vae_obeys_force_upcast and vae.config.force_upcast
+    upcast = vae.config.force_upcast if family.vae_obeys_force_upcast else False
     if precision == "auto":
-        return torch.float32 if dtype == torch.float16 and overflows else dtype
-    if precision == "fp16" and overflows:
+        return torch.float32 if dtype == torch.float16 and upcast is not False else dtype
+    if precision == "fp16" and upcast:
         raise UserError(
             "--vae_precision fp16: the VAE overflows in it (force_upcast in its configuration); use bf16 or fp32, or "
             "one made for it, --vae madebyollin/sdxl-vae-fp16-fix"

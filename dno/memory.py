@@ -89,7 +89,7 @@ class Plan:
         """For the banner, such as "partial (31 of 50 steps keep their graph), split guidance"."""
         kept = f" ({self.kept_steps} of {self.num_steps} steps keep their graph)" if self.name == "partial" else ""
         vae = ", VAE by block" if self.vae_blocks and not self.unet_blocks else ""
-        return f"{self.name}{kept}{vae}{', split guidance' if self.split_guidance else ''}"
+        return f"{self.name}{kept}{vae}{', split guidance' if self.split_guidance and self.guided else ''}"
 
 
 def choose_plan(checkpointing, num_steps, device, one_step, finish=None, guided=True, split_guidance=False):
@@ -132,12 +132,6 @@ def _bytes_or_inf(function):
         if is_out_of_memory(error):
             return math.inf
         raise
-
-
-def choose_checkpointing(one_step, num_steps, device):
-    """`none`, `step` or `block`: the fastest way that fits well into the free memory, without keeping some steps."""
-    name = choose_plan("auto", num_steps, device, one_step).name
-    return "step" if name == "partial" else name
 
 
 class LeanerOnDemand:
@@ -195,7 +189,7 @@ def _process_peak_bytes():
 
 OUT_OF_MEMORY = (
     "out of memory; lower, in this order: --checkpointing block --split_guidance, --batch_size 1, "
-    "--reward_checkpointing, --precision bf16, --height and --width"
+    "--batch_per_device 1 (estimators), --reward_checkpointing, --precision bf16, --height and --width"
 )
 
 

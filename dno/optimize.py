@@ -112,7 +112,7 @@ def begin(noise, make_optimizer):
 
 def optimize_noise(
     source, states, free, regularizer, *, gamma=0.0, opt_steps=100, max_grad_norm=1.0, rules=StopRules(), subsample=1,
-    evaluate=None, report=None, first_step=0, seconds=0.0,
+    evaluate=None, moving=None, report=None, first_step=0, seconds=0.0,
 ):  # fmt: skip
     """Climb the reward: minimize loss + gamma * regularizer over the noise of every state.
 
@@ -122,6 +122,7 @@ def optimize_noise(
     free: slice of the noises that are optimized and regularized, out of the T + 1.
     regularizer: (noise[free], images, step) -> penalties (B,).
     evaluate: images (B, 3, H, W), indices -> rewards by name, (B,) each, which are recorded and not optimized.
+    moving: called before the states of an iteration change.
     report: called with (step, indices, images, seconds) when iteration `step` is done: `states` are as the next one
         will find them. Signals wait for its end, so a stop falls between two iterations.
     first_step, seconds: iterations and time that a resumed run has behind it.
@@ -148,6 +149,8 @@ def optimize_noise(
         measured = _measure(estimate, penalties, gradient, evaluations, batch[free], subsample)
 
         with signals_wait():
+            if moving:
+                moving()
             for row, b in enumerate(active):
                 states[b].last = measured[row]
                 states[b].observe(step, estimate.images[row], rules)

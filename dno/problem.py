@@ -18,7 +18,7 @@ from dno.objectives import Losses, parse_evaluations, parse_objectives
 from dno.optimizers import make_optimizer
 from dno.regularization import probability_penalty
 from dno.runs import check_noise, load_noise
-from dno.sampling import PERMUTATIONS, PERTURBATION, draw_noise, keyed_generator, sample
+from dno.sampling import PERMUTATIONS, PERTURBATION, draw_noise, keyed_generator, noise_scale, sample
 from dno.team import Team
 
 
@@ -52,7 +52,7 @@ class Problem:
         self._check_rewards()
         self._check_noise(noise)
         if model is None:
-            check_model(settings.model, settings.lora)
+            check_model(settings.model, settings.lora, settings.vae)
 
     def _check_rewards(self):
         self.objectives = parse_objectives(self.settings.objective, rewards.RFUNCTIONS)
@@ -121,8 +121,9 @@ class Problem:
         if settings.gradient == "skip_unet":  # a step's graph is a few latents
             block = settings.checkpointing == "block"
             return Plan(0, 0, vae_blocks=block, split_guidance=settings.split_guidance, guided=self.guided)
-        # On a CPU the decoder's graph is small beside the free memory, and an image less is an image less.
-        finish = self._finish if self.device.type == "cuda" else None
+        # On a CPU the decoder's graph is small beside the free memory; an estimator keeps none of the reward's, and its
+        # reward may be a person who would be asked to rate a grey picture.
+        finish = self._finish if self.device.type == "cuda" and not self.estimates else None
         return choose_plan(
             settings.checkpointing, steps, self.device, self._one_step, finish, self.guided, settings.split_guidance
         )
@@ -148,7 +149,8 @@ class Problem:
         loss = Losses(self.objectives, precision, self.device)
         if not self.estimates:
             loss.require_gradients(settings.prompt)
-        self.loaded.evaluation = Losses(self.evaluations, precision, self.device) if self.evaluations else None
+        watched = self.evaluations if self.team.leads else ()  # the leader alone evaluates
+        self.loaded.evaluation = Losses(watched, precision, self.device) if watched else None
         self.loaded.loss = loss
 
     def _check_size(self):
@@ -233,6 +235,7 @@ class Problem:
             noise = noise.to(self.device, self.state_dtype)
             if settings.best_of == 1:
                 return noise
+            self.team.send_task(noise[:0], [], -1)  # a sign of life for those who wait for the first task
             losses, _ = self.losses(self.render(noise, every), every)
             # A reward that is not finite never wins.
             losses = losses.nan_to_num(nan=torch.inf, neginf=torch.inf)
@@ -255,11 +258,23 @@ class Problem:
         source = Estimation(
             self.render, self.losses, self.free, settings.estimator,
             mu=settings.mu, num_samples=settings.num_samples, draw=draw, batch_size=settings.batch_per_device,
-            antithetic=settings.antithetic, pad=self.dtype in (torch.bfloat16, torch.float16), team=self.team,
-            backprop_cost=settings.backprop_cost, max_bad_samples=settings.max_bad_samples,
+            antithetic=settings.antithetic, pad=self._half_precision(), team=self.team,
+            backprop_cost=settings.backprop_cost, max_bad_samples=settings.max_bad_samples, idle=self._idle(),
         )  # fmt: skip
-        # Several processes cannot try again: the others are past it.
-        return source if self.team.size > 1 else LeanerOnDemand(source, self)
+        # Several processes cannot try again, for the others are past it; zo keeps nothing that could be spared.
+        return source if self.team.size > 1 or settings.estimator == "zo" else LeanerOnDemand(source, self)
+
+    def _half_precision(self):
+        return {self.dtype, self.model.vae.dtype} & {torch.bfloat16, torch.float16} != set()
+
+    def _idle(self):
+        """The free noises that no step of the sampler adds."""
+        steps = self.settings.num_steps
+        free = range(steps + 1)[self.free]
+        return [
+            row for row, k in enumerate(free)
+            if k < steps and noise_scale(self.schedule, steps - 1 - k, self.settings.eta) == 0
+        ]  # fmt: skip
 
     def make_optimizer(self, params):
         settings = self.settings

@@ -1,9 +1,13 @@
 """Going on with a run: its own settings, and which of them may be given anew."""
 
+import warnings
 from dataclasses import fields, replace
+from pathlib import Path
 
 from dno.checkpoints import load_newest
 from dno.errors import UserError
+from dno.optimize import MAX_BAD_STEPS
+from dno.runs import versions
 from dno.settings import Settings
 
 STOPPING = ("target_reward", "patience", "max_seconds", "min_probability")
@@ -21,9 +25,12 @@ def resumed(folder, given):
     given: settings by name that the user gave besides. Raises UserError where one that is not CHANGEABLE differs from
     the run's, with the list of them, and where there is no whole checkpoint.
     """
+    if "-sweep-" in Path(folder).expanduser().resolve().name:
+        raise UserError(f"{folder} is the folder of several runs; the command that made it goes on with them")
     checkpoint = load_newest(folder)
     known = {field.name for field in fields(Settings)}
     run = Settings(**{name: _frozen(value) for name, value in checkpoint.state["settings"].items() if name in known})
+    given = {name: value for name, value in given.items() if value not in (None, "auto") or name in CHANGEABLE}
     settings = replace(run, **given).resolve()
     differences = [
         f"--{name} {getattr(settings, name)} (the run's: {getattr(run, name)})"
@@ -34,9 +41,15 @@ def resumed(folder, given):
         raise UserError(
             f"{folder} cannot go on with other settings: {', '.join(differences)}; leave them out, or start a new run"
         )
-    if any(getattr(settings, name) != getattr(run, name) for name in STOPPING):
-        for values in checkpoint.state["images"]:
+    # Other rules, or a fault that ended the run and may be mended: stopped images get another chance.
+    images = checkpoint.state["images"]
+    gave_up = all(values["bad_steps"] >= MAX_BAD_STEPS for values in images)
+    if gave_up or any(getattr(settings, name) != getattr(run, name) for name in STOPPING):
+        for values in images:
             values |= {"stopped": None, "bad_steps": 0}
+    then, now = checkpoint.state.get("versions", {}).get("torch"), versions()["torch"]
+    if then not in (None, now):
+        warnings.warn(f"{folder} was made with torch {then}, and goes on with {now}: not bit for bit", stacklevel=2)
     return settings, checkpoint
 
 

@@ -26,7 +26,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "
 class Run:
     """A folder `<output>/<prefix>-<date>-<time>/`, made here and never shared with another run.
 
-    folder: this folder instead: made where it is missing, gone on with where it is not.
+    folder: this folder instead, which is missing or empty, or with `resume` the folder of a run.
     args.json, metrics.jsonl, images/, initial.png, best.png, best_noise.safetensors, evolution.png, evolution.gif,
     result.json, and the checkpoints (see `dno.checkpoints`).
     Every file is written aside and renamed, and metrics line by line, so a stop at any moment leaves whole files.
@@ -34,13 +34,15 @@ class Run:
     Each method raises UserError where the disk is full or the folder cannot be written.
     """
 
-    def __init__(self, output=None, prefix="SD", folder=None):
+    def __init__(self, output=None, prefix="SD", folder=None, resume=False):
         stem = f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}"
         with _disk(output if folder is None else folder):
             if folder is None:
                 Path(output).expanduser().mkdir(parents=True, exist_ok=True)
                 folder = _new_folder(Path(output).expanduser(), stem)
             self.folder = Path(folder).expanduser()
+            if not resume and self.folder.is_dir() and any(self.folder.iterdir()):
+                raise UserError(f"{folder} has files in it; give another folder, or resume the run that is there")
             (self.folder / "images").mkdir(parents=True, exist_ok=True)
             handle = lock_folder(self.folder)
             self.close = weakref.finalize(self, os.close, handle) if handle is not None else lambda: None
@@ -48,10 +50,18 @@ class Run:
             if not os.access(self.folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    def write_args(self, args):
-        """args.json: the resolved settings, the versions of the packages and the revision of this code."""
-        versions = {name: _version(name) for name in PACKAGES}
-        args = {**args, "versions": versions, "git_revision": git_revision()}
+    def write_args(self, args, done=0):
+        """args.json: the resolved settings, the versions of the packages and the revision of this code.
+
+        done: iterations that an earlier start of the run made; what they were made with is kept as `history`.
+        """
+        history = []
+        if done:
+            with contextlib.suppress(OSError, ValueError):
+                before = json.loads((self.folder / "args.json").read_text(encoding="utf-8"))
+                names = ("versions", "git_revision", "device", "processes")
+                history = [*before.get("history", []), {"until": done, **{name: before.get(name) for name in names}}]
+        args = {**args, "versions": versions(), "git_revision": git_revision(), "history": history}
         self._write("args.json", json.dumps(_plain(args), indent=2).encode() + b"\n")
 
     def log(self, metrics):
@@ -65,8 +75,8 @@ class Run:
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def cut_metrics(self, steps):
-        """Keep the lines of the first `steps` iterations, and return them; null, which was not finite, is NaN."""
+    def cut(self, steps):
+        """Keep what the first `steps` iterations left, and return their metrics; null, not finite, is NaN."""
         path = self.folder / "metrics.jsonl"
         try:
             lines = path.read_bytes().splitlines(keepends=True)[:steps]
@@ -77,7 +87,26 @@ class Run:
             raise UserError(f"{path} has not the {steps} iterations that the checkpoint follows")
         with _disk(path):
             write_whole(path, b"".join(lines), fsync=True)
+            for picture in (self.folder / "images").glob("*.png"):
+                if int(picture.stem.partition("_")[0]) >= steps:
+                    picture.unlink()
         return metrics
+
+    def sync(self):
+        """Bring metrics.jsonl to the disk itself, before a checkpoint that relies on it."""
+        path = self.folder / "metrics.jsonl"
+        with _disk(path), open(path, "rb+") as file:
+            os.fsync(file.fileno())
+
+    def picture_step(self, name, index):
+        """The iteration that `<name>.png` of an image is of, or None."""
+        from PIL import Image
+
+        try:
+            with Image.open(self._picture(name, index)) as picture:
+                return int(picture.text["step"])
+        except (OSError, KeyError, ValueError):
+            return None
 
     def write_result(self, result):
         """result.json, which says that the run was not cut short."""
@@ -103,7 +132,10 @@ class Run:
         pixels = ((image.detach().float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         file = io.BytesIO()
         Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(file, format="PNG", pnginfo=info, compress_level=4)
-        self._write(f"{name}{f'_b{index}' if index else ''}.png", file.getvalue())
+        self._write(self._picture(name, index).relative_to(self.folder), file.getvalue())
+
+    def _picture(self, name, index):
+        return self.folder / f"{name}{f'_b{index}' if index else ''}.png"
 
     def save_noise(self, noise, **text):
         """best_noise.safetensors: `noise` (T + 1, B, C, h, w), float32, and what it belongs to as metadata."""
@@ -189,6 +221,11 @@ def _new_folder(parent, stem):
             folder.mkdir()
             return folder
     raise FileExistsError(f"{stem} and its numbered neighbours all exist")
+
+
+def versions():
+    """The installed version of each package that a result may depend on, by name."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _version(package):

@@ -249,8 +249,11 @@ class Settings:
         """These settings, checked, with the model's own steps and guidance and K filled in. Raises UserError."""
         spec = model_spec(self.model)
         num_steps = spec.num_steps if self.num_steps is None else self.num_steps
+        texts = {field.name: getattr(self, field.name) for field in fields(self)}
+        texts = {name: str(value) for name, value in texts.items() if isinstance(value, Path)}
         settings = replace(
             self,
+            **texts,
             num_steps=num_steps,
             guidance_scale=spec.guidance_scale if self.guidance_scale is None else self.guidance_scale,
             opt_time=num_steps if self.opt_time is None else self.opt_time,
@@ -304,10 +307,8 @@ class Settings:
             raise UserError(f"--antithetic makes pairs; --num_samples is {self.num_samples}, expected an even number")
         if not self.objective:
             raise UserError("--objective is empty; expected at least one reward")
-        for name in ("noise", "model_config"):
-            path = getattr(self, name)
-            if path is not None and not Path(path).expanduser().exists():
-                raise UserError(f"--{name} {path} does not exist")
+        if self.model_config is not None and not Path(self.model_config).expanduser().exists():
+            raise UserError(f"--model_config {self.model_config} does not exist")
         for name in self.report_to:
             if importlib.util.find_spec(name) is None:
                 raise UserError(f"--report_to {name} needs a package that is not installed: pip install {name}")

@@ -2,19 +2,23 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from dno.alignment import align
+from dno.checkpoints import load_newest
 from dno.errors import UserError
 from dno.files import write_whole
 from dno.objectives import METRICS
 from dno.problem import Loaded
 from dno.resume import CHANGEABLE, STOPPING
+from dno.runs import lock_folder
 from dno.settings import Settings
 
 # What may differ between two starts of the same sweep.
@@ -43,6 +47,7 @@ def sweep(settings, prompts, seeds, prefix, team):
     if team.leads:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(folder)  # held to the end
             write_whole(folder / "args.json", json.dumps(asdict(resolved), indent=2).encode() + b"\n")
         except OSError as error:
             raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --output") from error
@@ -58,29 +63,39 @@ def sweep(settings, prompts, seeds, prefix, team):
     team.finished()
     if team.leads:
         team.wait_for_all()
-        return _summary(folder, runs, folders)
+        rows = _summary(folder, runs, folders)
+        if lock is not None:
+            os.close(lock)
+        return rows
 
 
 def _one(settings, run, path, stage, loaded, shared_by, team, count):
+    """One run: new, or gone on with. shared_by: the team, where all of it works on this run."""
     prompt, seed = run
-    if team.leads or shared_by is None:
-        if stage == NEW:
-            shutil.rmtree(path, ignore_errors=True)  # begun, and stopped before its first checkpoint
-        (path / "failed.txt").unlink(missing_ok=True)
+
+    def lives(metrics):
+        team.alive()
+        if shared_by is None:
+            team.check()
+
+    common = {"loaded": loaded, "team": shared_by, "callback": lives}
     try:
+        if team.leads or shared_by is None:
+            (path / "failed.txt").unlink(missing_ok=True)
+            if stage == NEW and path.is_dir():  # stopped before its first checkpoint
+                shutil.rmtree(path, ignore_errors=True)
         if stage == STARTED:
             given = {name: settings[name] for name in CHANGEABLE if name in settings}
-            result = align(resume=path, loaded=loaded, team=shared_by, callback=lambda metrics: team.alive(), **given)
+            result = align(resume=path, **common, **given)
         else:
-            given = {**settings, "prompt": prompt, "seed": seed}
-            result = align(folder=path, loaded=loaded, team=shared_by, callback=lambda metrics: team.alive(), **given)
+            result = align(folder=path, **common, **{**settings, "prompt": prompt, "seed": seed})
     except UserError as error:
         # With others at work on the run, or nothing loaded, the next one would fail like this one.
-        if loaded.model is None or (shared_by is not None and team.size > 1):
+        if team.cause() or loaded.model is None or (shared_by is not None and team.size > 1):
             raise
+        print(f"{count}  {prompt!r}, seed {seed}: failed: {error}", flush=True)
         path.mkdir(exist_ok=True)
         write_whole(path / "failed.txt", f"{error}\n".encode())
-        print(f"{count}  {prompt!r}, seed {seed}: failed: {error}", flush=True)
     else:
         if result is not None:
             first, best = result.metrics[0]["reward"], result.rewards.mean()
@@ -91,7 +106,7 @@ def _prompts(file, settings):
     if file is None:
         return [settings.prompt]
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {file} cannot be read: {error}; expected a text file, one prompt a line") from error
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
@@ -108,7 +123,14 @@ def _name(prompt, seed):
 def _stage(path):
     if (path / "result.json").is_file():
         return DONE
-    return STARTED if any((path / "checkpoints").glob("[0-9]*")) else NEW
+    if not (path / "checkpoints").is_dir():
+        return NEW
+    try:
+        load_newest(path)
+    except UserError as error:
+        warnings.warn(f"{error}; it starts anew", stacklevel=2)
+        return NEW
+    return STARTED
 
 
 def _summary(folder, runs, folders):
@@ -142,7 +164,8 @@ def _row(path):
         why = file.read_text(encoding="utf-8").strip() if file.is_file() else "no result"
         return {"folder": path.name, "failed": why}
     result = json.loads((path / "result.json").read_text(encoding="utf-8"))
-    best = {name: _mean(image.get(name) for image in result["best"]) for name in result["best"][0]}
+    names = dict.fromkeys(name for image in result["best"] for name in image)
+    best = {name: _mean(image.get(name) for image in result["best"]) for name in names}
     return {
         "folder": path.name, "first": _mean(image["reward"] for image in result["first"]),
         "best": _mean(result["rewards"]), "steps": result["steps"], "iterations": result["iterations"],

@@ -51,8 +51,11 @@ class Team:
     def alive(self):
         """Tell the others that this process gets on."""
 
+    def check(self):
+        """Raise UserError where another process has failed, or has not been `alive` for too long."""
+
     def wait_for_all(self):
-        """The leader's: until every process has called `finished`."""
+        """The leader's: until every other process has called `finished`."""
 
     def finished(self):
         """Tell the leader that this process has done its part."""
@@ -83,7 +86,7 @@ class ProcessTeam(Team):
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
         found = self.accelerator.device
         self.device = torch.device("cpu") if found.type == "cpu" else found  # not cpu:0
-        self.timeout, self.meetings = timeout, 0
+        self.timeout, self.meetings, self.checked, self.signs = timeout, 0, 0.0, {}
         self.dist, self.group = dist, dist.new_group(backend="gloo", timeout=limit)
         self.store = dist.PrefixStore("dno", _get_default_store())
 
@@ -114,18 +117,28 @@ class ProcessTeam(Team):
     def finished(self):
         self.store.set(f"finished/{self.rank}", "")
 
+    def check(self):
+        now = time.monotonic()
+        if now - self.checked < 1:
+            return
+        self.checked = now
+        if cause := self.cause():
+            raise UserError(cause)
+        for rank in self._unfinished():
+            count, since = self.store.add(f"alive/{rank}", 0), self.signs.get(rank, (0, now))[1]
+            if count != self.signs.get(rank, (0, now))[0]:
+                self.signs[rank] = count, now
+            elif count and now - since > self.timeout:  # before its first sign it may be loading, or waiting for a hub
+                raise UserError(f"rank {rank} gave no sign of life for {self.timeout:g} seconds (--timeout)")
+
     def wait_for_all(self):
-        signs = {rank: (0, time.monotonic()) for rank in range(self.size)}
-        while waiting := [rank for rank in signs if not self.store.check([f"finished/{rank}"])]:
-            if cause := self.cause():
-                raise UserError(cause)
-            for rank in waiting:
-                count, since = self.store.add(f"alive/{rank}", 0), signs[rank][1]
-                if count != signs[rank][0]:
-                    signs[rank] = count, time.monotonic()
-                elif time.monotonic() - since > self.timeout:
-                    raise UserError(f"rank {rank} gave no sign of life for {self.timeout:g} seconds (--timeout)")
+        while self._unfinished():
+            self.check()
             time.sleep(0.05)
+
+    def _unfinished(self):
+        others = (rank for rank in range(self.size) if rank != self.rank)
+        return [rank for rank in others if not self.store.check([f"finished/{rank}"])]
 
     def failed(self, why):
         with contextlib.suppress(RuntimeError):

@@ -59,6 +59,7 @@ def _start(name, folder, config):
     PartialState()  # where the trackers look for the process they are in
     kind = LOGGER_TYPE_TO_CLASS[name]
     tracker = kind("dno", logging_dir=str(folder)) if kind.requires_logging_directory else kind("dno")
+    tracker.main_process_only = False  # a process that is not the main one may have a run of its own
     tracker.start()
     plain = {k: v if isinstance(v, str | int | float | bool) else str(v) for k, v in config.items()}
     tracker.store_init_configuration(plain)

@@ -92,7 +92,7 @@ def test_stopped_runs_leave_whole_files(tiny_folder, tmp_path):
         (folder,) = output.iterdir()
         where = folder.relative_to(tmp_path)
         assert err.endswith(
-            f"stopped by {name}; what was found is in {where}, to go on:\n  python {SCRIPT.name} --resume {where}\n"
+            f"stopped by {name}; what was found is in {where}, to go on:\n  python {SCRIPT} --resume {where}\n"
         )
         lines = check_whole(folder)
         assert load_newest(folder).step == len(lines)

@@ -118,8 +118,8 @@ def test_a_loaded_model_is_used_and_kept(quick, tiny_model):
 
 
 def test_a_loaded_model_takes_no_settings_of_loading(tiny_model):
-    with pytest.raises(UserError, match="lora, precision: the model is loaded already"):
-        align(model=tiny_model, lora="x.safetensors", precision="bf16")
+    with pytest.raises(UserError, match="lora, precision, vae: the model is loaded already"):
+        align(model=tiny_model, lora="x.safetensors", precision="bf16", vae="x.safetensors")
 
 
 def test_negative_prompt_and_guidance_matter(quick):

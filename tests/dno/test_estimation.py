@@ -145,6 +145,11 @@ def test_frozen_noises_get_no_gradient_and_are_not_perturbed(estimator):
     assert gradient.shape == (2, 1, *SHAPE) and all((z == noise[2]).all() for z in seen)
 
 
+def test_noises_without_effect_get_no_gradient_from_luck():
+    gradient = estimation("zo", idle=[0])(start(), [0]).gradient
+    assert not gradient[0].any() and gradient[1].any() and gradient[2].any()
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_batches_of_samples_and_of_images_change_nothing(estimator, antithetic):

@@ -8,7 +8,6 @@ from dno.memory import (
     OUT_OF_MEMORY,
     PeakMemory,
     Plan,
-    choose_checkpointing,
     choose_plan,
     graph_bytes,
     out_of_memory_explained,
@@ -26,22 +25,11 @@ def test_graph_bytes_counts_each_kept_tensor_once_and_no_parameter():
         assert graph_bytes(lambda: (x * 1).exp()) == 4000  # it counts a graph, whatever the caller does
 
 
-@pytest.mark.parametrize(
-    ("free", "expected"),
-    # One step keeps 4000 bytes, ten steps 40000, of which half the free memory must be enough.
-    [(80_000, "none"), (79_999, "step"), (8_000, "step"), (7_999, "block"), (None, "step")],
-)
-def test_checkpointing_is_the_fastest_that_fits(monkeypatch, free, expected):
-    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
-    x = torch.ones(1000, requires_grad=True)
-    assert choose_checkpointing(lambda: x.exp(), 10, CPU) == expected
-
-
 def test_a_step_that_does_not_fit_at_all_is_cut_into_blocks():
     def one_step():
         raise torch.OutOfMemoryError
 
-    assert choose_checkpointing(one_step, 10, CPU) == "block"
+    assert choose_plan("auto", 10, CPU, one_step).name == "block"
 
 
 def keeping(size):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import warnings
+from importlib import metadata
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from dno import UserError, align
 from dno.cli import main
 from dno.resume import CHANGEABLE
+from dno.runs import load_noise
 from dno.settings import Settings
 
 
@@ -37,7 +39,10 @@ def lines_of(folder):
 def check_equal(a, b):
     """Everything that two runs left is equal, byte by byte where nothing is measured."""
     assert lines_of(a.folder) == lines_of(b.folder)
-    pictures = [sorted(str(p.relative_to(run.folder)) for p in run.folder.rglob("*.png")) for run in (a, b)]
+    pictures = [
+        sorted(str(p.relative_to(run.folder)) for p in run.folder.rglob("*.png") if p.stem != "evolution")
+        for run in (a, b)
+    ]
     assert pictures[0] == pictures[1]
     for name in pictures[0]:
         assert (a.folder / name).read_bytes() == (b.folder / name).read_bytes(), name
@@ -66,7 +71,6 @@ def test_n_and_m_iterations_are_n_resume_m_bit_for_bit(quick, settings):
 
 @pytest.mark.parametrize("stop_at", [0, 1, 4])
 def test_a_stop_at_any_iteration_can_be_gone_on_with(quick, tmp_path, stop_at):
-    """The stop falls into the middle of an iteration: in a reward."""
 
     def stop(metrics):
         if metrics["step"] == stop_at:
@@ -224,3 +228,128 @@ def test_a_run_that_another_process_is_writing_is_left_alone(quick):
     assert lines_of(run.folder) == before and (run.folder / "result.json").is_file()
     os.close(handle)
     assert len(align(resume=run.folder, opt_steps=4).metrics) == 4
+
+
+def test_a_stop_while_the_images_move_leaves_the_state_before_it(quick, tmp_path, monkeypatch):
+    """Image 0 of iteration 3 has moved and image 1 has not: what is on disk is from before both."""
+    from dno.optimize import ImageState
+
+    whole, real, calls = quick("whole", batch_size=2), ImageState.update, []
+
+    def update(state, *rest):
+        calls.append(state)
+        if len(calls) == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(state, *rest)
+
+    monkeypatch.setattr(ImageState, "update", update)
+    with pytest.raises(UserError, match="out of memory"):
+        quick("part", batch_size=2, checkpointing_steps=2)
+    monkeypatch.undo()
+    assert len(lines_of(tmp_path / "part")) == 3
+    check_equal(whole, align(resume=tmp_path / "part"))
+
+
+def test_a_stop_in_a_reward(quick, tmp_path, monkeypatch):
+    import rewards
+
+    whole, calls = quick("whole"), []
+
+    def factory(inference_dtype=None, device=None):
+        def loss_fn(images, prompts):
+            calls.append(prompts)
+            if len(calls) == 5:
+                raise KeyboardInterrupt
+            return images.mean(dim=(1, 2, 3))
+
+        return loss_fn
+
+    factory.differentiable = True
+    monkeypatch.setitem(rewards.RFUNCTIONS, "black", factory)
+    with pytest.raises(KeyboardInterrupt):
+        quick("part")
+    check_equal(whole, align(resume=tmp_path / "part"))
+
+
+def test_what_lies_past_the_checkpoint_is_gone(quick, tmp_path):
+    shorter, run = quick("shorter", opt_steps=4), quick("run", checkpointing_steps=3, checkpoints_total_limit=9)
+    shutil.rmtree(run.folder / "checkpoints" / "000007")
+    shutil.rmtree(run.folder / "checkpoints" / "000006")
+    check_equal(shorter, align(resume=run.folder, opt_steps=4))
+    kept = [(folder / "best_noise.safetensors") for folder in (shorter.folder, run.folder)]
+    assert torch.equal(*(load_noise(path) for path in kept))
+
+
+def test_the_best_before_the_checkpoint_is_restored(quick):
+    """It was found at iteration 2, the checkpoint is of 3, and a later and better one is past it."""
+    run = quick("run", opt_steps=3)
+    later = quick("later", opt_steps=7)
+    for name in ("best.png", "best_noise.safetensors"):
+        shutil.copy(later.folder / name, run.folder / name)
+    before = (run.folder / "images" / "002.png").read_bytes()
+    again = align(resume=run.folder)
+    assert again.steps == [2] and (run.folder / "best.png").read_bytes() == before
+    assert torch.equal(load_noise(run.folder / "best_noise.safetensors"), run.noise)
+
+
+def test_a_run_that_was_given_up_gets_another_chance(quick, tmp_path, monkeypatch):
+    import rewards
+
+    def factory(inference_dtype=None, device=None):
+        return lambda images, prompts: images.mean(dim=(1, 2, 3)) * (1.0 if mended else torch.nan)
+
+    factory.differentiable, mended = True, False
+    monkeypatch.setitem(rewards.RFUNCTIONS, "black", factory)
+    with pytest.raises(UserError, match="no image had a finite reward"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quick("run")
+    mended = True
+    result = align(resume=tmp_path / "run")
+    assert len(result.metrics) == 7 and result.stopped == [None] and result.rewards.isfinite().all()
+
+
+def test_paths_may_be_paths_and_the_noise_file_may_go(quick, tmp_path):
+    first = quick("first", opt_steps=1)
+    noise = first.folder / "best_noise.safetensors"
+    whole = quick("whole", noise=noise)
+    part = quick("part", noise=noise, opt_steps=2)
+    noise.unlink()
+    check_equal(whole, align(resume=part.folder, opt_steps=7))
+    assert align(output=tmp_path / "out", resume=None, model=whole_model(part), num_steps=3, opt_steps=1).folder
+
+
+def whole_model(run):
+    return json.loads((run.folder / "args.json").read_text())["model"]
+
+
+def test_a_folder_with_files_in_it_is_left_alone(quick, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("42")
+    with pytest.raises(UserError, match="has files in it"):
+        quick("mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "42"
+
+
+def test_what_means_the_same_is_no_difference(quick):
+    run = quick("run", opt_steps=2)
+    align(resume=run.folder, precision="auto", height=16, width=None, opt_steps=3)
+    with pytest.raises(UserError, match="--height 24"):
+        align(resume=run.folder, height=24)
+
+
+def test_what_a_run_was_made_with_is_kept(quick, monkeypatch):
+    import dno.resume
+
+    run = quick("run", opt_steps=2)
+    assert json.loads((run.folder / "args.json").read_text())["history"] == []
+    monkeypatch.setattr(dno.resume, "versions", lambda: {"torch": "9.9"})
+    with pytest.warns(UserWarning, match="goes on with 9.9: not bit for bit"):
+        align(resume=run.folder, opt_steps=3)
+    (entry,) = json.loads((run.folder / "args.json").read_text())["history"]
+    assert entry["until"] == 2 and entry["versions"]["torch"] == metadata.version("torch")
+
+
+def test_the_folder_of_several_runs_is_named_as_such(tmp_path):
+    (tmp_path / "SD-sweep-0123abcd").mkdir()
+    with pytest.raises(UserError, match="the folder of several runs"):
+        align(resume=tmp_path / "SD-sweep-0123abcd")

@@ -102,6 +102,35 @@ def test_a_run_that_fails_is_noted_and_tried_again(launch, tmp_path, prompts):
     assert code == 0 and "failed" not in rows_of(tmp_path)[1], err
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_starts_anew(launch, tmp_path, prompts):
+    assert launch(1, "--prompts prompts.txt", **GRADIENT)[0][0] == 0
+    car = next(folder_of(tmp_path).glob("red*"))
+    (car / "result.json").unlink()
+    for path in car.glob("checkpoints/*/state.json"):
+        path.write_text("")
+    code, out, err = launch(1, "--prompts prompts.txt", **GRADIENT)[0]
+    assert code == 0 and "it starts anew" in err and "2/3  'red car'" in out and "1/3" not in out
+
+
+def test_a_rank_that_stalls_ends_the_others(launch, tmp_path, prompts):
+    (tmp_path / "reward.py").write_text(
+        "import os, time\n\ndef slow(inference_dtype=None, device=None):\n    calls = iter(range(10**6))\n\n"
+        "    def loss_fn(images, prompts):\n"
+        "        time.sleep(1000 if os.environ['RANK'] == '1' and next(calls) > 2 else 0.2)\n"
+        "        return images.mean(dim=(1, 2, 3))\n\n    return loss_fn\n\nslow.differentiable = True\n"
+    )
+    flags = "--prompts prompts.txt --objective reward.py:slow --opt_steps 1000 --timeout 4"
+    results = launch(2, flags, **GRADIENT)
+    assert all(code != 0 for code, *_ in results)
+    assert "rank 1 gave no sign of life for 4 seconds" in results[0][2], results
+
+
+def test_trackers_follow_every_rank(launch, tmp_path):
+    pytest.importorskip("tensorboard")
+    assert [code for code, *_ in launch(2, "--seeds 1 2 --report_to tensorboard", **GRADIENT)] == [0, 0]
+    assert len(list(folder_of(tmp_path).glob("*/trackers/dno/events*"))) == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
