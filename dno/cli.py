@@ -160,9 +160,9 @@ class _Work:
         """The flags, and on --resume the run's own where none are given."""
         if self.resume is None:
             return self.settings
-        from dno.checkpoints import load_newest
+        from dno.resume import newest
 
-        return {**load_newest(self.resume, report=lambda line: None).state["settings"], **self.settings}
+        return {**newest(self.resume, report=lambda line: None).state["settings"], **self.settings}
 
     def end(self, why, code):
         """Say why, what is left and how to go on, and exit."""

@@ -25,9 +25,7 @@ def resumed(folder, given):
     given: settings by name that the user gave besides. Raises UserError where one that is not CHANGEABLE differs from
     the run's, with the list of them, and where there is no whole checkpoint.
     """
-    if "-sweep-" in Path(folder).expanduser().resolve().name:
-        raise UserError(f"{folder} is the folder of several runs; the command that made it goes on with them")
-    checkpoint = load_newest(folder)
+    checkpoint = newest(folder)
     known = {field.name for field in fields(Settings)}
     run = Settings(**{name: _frozen(value) for name, value in checkpoint.state["settings"].items() if name in known})
     given = {name: value for name, value in given.items() if value not in (None, "auto") or name in CHANGEABLE}
@@ -51,6 +49,13 @@ def resumed(folder, given):
     if then not in (None, now):
         warnings.warn(f"{folder} was made with torch {then}, and goes on with {now}: not bit for bit", stacklevel=2)
     return settings, checkpoint
+
+
+def newest(folder, report=warnings.warn):
+    """The newest whole checkpoint of the run in `folder`, see `dno.checkpoints.load_newest`."""
+    if "-sweep-" in Path(folder).expanduser().resolve().name:
+        raise UserError(f"{folder} is the folder of several runs; the command that made it goes on with them")
+    return load_newest(folder, report)
 
 
 def _frozen(value):

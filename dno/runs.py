@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import io
 import json
 import math
@@ -223,6 +224,7 @@ def _new_folder(parent, stem):
     raise FileExistsError(f"{stem} and its numbered neighbours all exist")
 
 
+@functools.cache
 def versions():
     """The installed version of each package that a result may depend on, by name."""
     return {name: _version(name) for name in PACKAGES}

@@ -389,6 +389,13 @@ def test_another_vae_takes_the_place_of_the_models(tiny_xl_folder, tiny_xl_model
     assert model.vae.config.scaling_factor == 0.13025
 
 
+def test_of_a_vae_in_a_single_file_nobody_knows_whether_it_overflows(tiny_xl_folder, tiny_xl_model, tmp_path):
+    """The model's own configuration, by which the file is read, says that the model's own VAE does."""
+    file = str(vae_folder(tiny_xl_model, tmp_path / "vae", force_upcast=True) / VAE_FILE)
+    assert dno.load_model(tiny_xl_folder, torch.float16, vae=file).vae.dtype == torch.float32
+    assert dno.load_model(tiny_xl_folder, torch.float16, vae=file, vae_precision="fp16").vae.dtype == torch.float16
+
+
 def test_another_vae_from_the_hub(tiny_xl_folder, tiny_xl_model, tmp_path, monkeypatch):
     folder, load = vae_folder(tiny_xl_model, tmp_path / "vae"), AutoencoderKL.from_pretrained
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: folder / file)
