@@ -2,7 +2,9 @@
 
 import platform
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -12,7 +14,29 @@ import torch  # noqa: E402
 from dno.loading import load_model, resolve_device, resolve_precision  # noqa: E402
 from dno.models import StableDiffusion, model_spec  # noqa: E402
 from dno.quiet import quiet  # noqa: E402
+from dno.sdxl import StableDiffusionXL  # noqa: E402
 
+# The sizes in the published configurations of Stable Diffusion 1.5 and of SDXL base; what is left out is the default.
+SD15_UNET = {
+    "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8,
+    "block_out_channels": (320, 640, 1280, 1280),
+}  # fmt: skip
+SDXL_UNET = {
+    "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
+    "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+SD15_VAE = {
+    "sample_size": 512, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+}  # fmt: skip
+SDXL_VAE = {**SD15_VAE, "sample_size": 1024, "scaling_factor": 0.13025}
+SCHEDULER = {
+    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1,
+    "clip_sample": False, "set_alpha_to_one": False,
+}  # fmt: skip
 
 def add_model_arguments(parser):
     """The flags of `benchmark_model`."""
@@ -49,27 +73,116 @@ def random_stable_diffusion(dtype, device):
 
     torch.manual_seed(0)
     with torch.device(device):
-        unet = UNet2DConditionModel(
-            sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280)
-        )
-        vae = AutoencoderKL(
-            sample_size=512, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        )  # fmt: skip
+        unet, vae = UNet2DConditionModel(**SD15_UNET), AutoencoderKL(**SD15_VAE)
         text_encoder = CLIPTextModel(
             CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
         )
     pipe = StableDiffusionPipeline(
         vae=vae, unet=unet, text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(ROOT / "sprites" / "tokenizer", model_max_length=77),
-        scheduler=DDIMScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
-            clip_sample=False, set_alpha_to_one=False,
-        ),
+        scheduler=DDIMScheduler(**SCHEDULER),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     with quiet():
         return StableDiffusion(pipe.to(device, dtype), "random weights")
+
+
+class _Wordless:
+    """A model without text encoders: whatever the prompt, it is told random numbers of the right shape."""
+
+    text_encoders = tokenizers = ()
+    words, pooled = 77, None  # tokens a prompt; width of the pooled embedding, where there is one
+
+    def _check(self, pipe):
+        StableDiffusion._check(self, pipe)  # SDXL's own looks at the text encoders
+
+    def _encode(self, prompts, negative_prompt, guided):
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape):
+            return torch.randn(len(prompts), *shape, generator=generator).to(self.device, self.dtype)
+
+        width = self.unet.config.cross_attention_dim
+        embeddings = [random(self.words, width), random(self.words, width)]
+        embeddings += [random(self.pooled), random(self.pooled)] if self.pooled else [None, None]
+        return embeddings if guided else [embeddings[0], None, embeddings[2], None]
+
+
+class WordlessStableDiffusion(_Wordless, StableDiffusion):
+    pass
+
+
+class WordlessStableDiffusionXL(_Wordless, StableDiffusionXL):
+    @property
+    def pooled(self):
+        config = self.unet.config
+        return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """What `random_model` builds: the class of the model and the configurations of its networks."""
+
+    title: str
+    family: type
+    unet: dict
+    vae: dict
+
+
+ARCHITECTURES = {
+    "sd15": Architecture("SD 1.5", WordlessStableDiffusion, SD15_UNET, SD15_VAE),
+    "sdxl": Architecture("SDXL", WordlessStableDiffusionXL, SDXL_UNET, SDXL_VAE),
+}
+_TINY_UNET = {
+    "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 16,
+}  # fmt: skip
+_TINY_VAE = {
+    "sample_size": 16, "block_out_channels": (8, 8), "norm_num_groups": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+}  # fmt: skip
+TINY_ARCHITECTURES = {
+    "sd15": Architecture("tiny SD", WordlessStableDiffusion, {**_TINY_UNET, "attention_head_dim": 4}, _TINY_VAE),
+    "sdxl": Architecture(
+        "tiny SDXL",
+        WordlessStableDiffusionXL,
+        {
+            **_TINY_UNET, "attention_head_dim": (2, 4), "transformer_layers_per_block": (1, 2),
+            "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 10 + 6 * 4,
+        },
+        {**_TINY_VAE, "scaling_factor": 0.13025},
+    ),
+}  # fmt: skip
+
+
+def random_model(architecture, dtype, device):
+    """A frozen model with random weights and no text encoders, built on the device and in the precision at once.
+
+    architecture: one of `ARCHITECTURES`. On the device "meta" it has shapes only, and costs nothing.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    with quiet():
+        with torch.device("meta"):
+            networks = UNet2DConditionModel(**architecture.unet), AutoencoderKL(**architecture.vae)
+        unet, vae = (_filled(network, dtype, device) for network in networks)
+    return architecture.family(SimpleNamespace(unet=unet, vae=vae, scheduler=DDIMScheduler(**SCHEDULER)), "random")
+
+
+@torch.no_grad()
+def _filled(network, dtype, device):
+    """The network with random weights of a size that keeps the size of what passes through them."""
+    network = network.to(dtype).to_empty(device=device)
+    assert not list(network.buffers()), "a buffer would be left unfilled"
+    for name, parameter in network.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)  # one over the root of what is summed up
+        else:
+            parameter.fill_(0 if name.endswith("bias") else 1)
+    return network
 
 
 def synchronize(device):
@@ -86,10 +199,13 @@ def machine(device):
     return f"{device.type} ({name}), {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
+def markdown_table(header, rows):
+    """A markdown table as one string; the first column is text, the others are numbers."""
+    lines = [header, *rows]
+    lines = [f"| {' | '.join(str(cell) for cell in line)} |" for line in lines]
+    return "\n".join([lines[0], "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|", *lines[1:]])
+
+
 def print_table(header, rows):
-    """A markdown table; the first column is text, the others are numbers."""
-    print(f"| {' | '.join(header)} |")
-    print("|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|")
-    for row in rows:
-        print(f"| {' | '.join(str(cell) for cell in row)} |")
-    sys.stdout.flush()
+    """Print `markdown_table`."""
+    print(markdown_table(header, rows), flush=True)

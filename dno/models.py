@@ -6,6 +6,7 @@ output (epsilon, v or x0) and the border between the sampler's float32 and the n
 
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -282,14 +283,18 @@ class StableDiffusion:
 
         vae: None = as the UNet.
         """
+        # Nothing in a frozen network is random, so no generator's state has to be fetched and set again.
+        recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         for network, enabled in ((self.unet, unet), (self.vae, unet if vae is None else vae)):
-            network.enable_gradient_checkpointing() if enabled else network.disable_gradient_checkpointing()
+            network.enable_gradient_checkpointing(recompute) if enabled else network.disable_gradient_checkpointing()
 
     def compile_blocks(self, backend="inductor", **options):
         """torch.compile for the UNet, one block for all of its kind: faster steps after a slow first one.
 
         backend, options: of `torch.compile`.
         """
+        # A graph for each batch size, with and without gradient, and for each plan that lack of memory may lead to.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self.unet.compile_repeated_blocks(backend=backend, **options)
 
 
