@@ -78,7 +78,7 @@ class Estimation:
         size of its batch, and what is wanted is a small difference between two samples.
     idle: which of the free noises have no effect on the image, such as the last step's; they are not perturbed.
     team: the processes that share the samples. The first of them is called; the others `serve`.
-    backprop_cost: what the first one does besides, in samples: it gets fewer.
+    backprop_cost: what the first one does besides for each image, in samples: with hybrid it gets that many fewer.
     max_bad_samples: so many in a row without a finite reward end the run.
     """
 
@@ -140,7 +140,8 @@ class _Work:
         self.rewards = None
         pair = 2 if source.antithetic else 1
         units = [(row, j) for row in self.rows for j in range(0, source.num_samples, pair)]
-        burden = source.backprop_cost * len(images) / pair if source.estimator is not zo else 0
+        # Only hybrid's leader renders while the others already sample; backward comes when all samples are there.
+        burden = source.backprop_cost * len(images) / pair if source.estimator is hybrid else 0
         ends = shares(len(units), source.team.size, burden)
         mine = units[ends[source.team.rank] : ends[source.team.rank + 1]]
         self.samples = [(row, j + k) for row, j in mine for k in range(pair)]
