@@ -3,7 +3,7 @@
 import math
 import statistics
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -92,8 +92,6 @@ def align(
             f"{team.size} processes and one run; give --prompts or --seeds, which are shared out to them, or "
             "--estimator hybrid, which shares out samples"
         )
-    if checkpoint is not None:  # it has the noise
-        settings = replace(settings, noise=None)
     problem = Problem(settings, noise, team, loaded)
     return _Alignment(problem, checkpoint, callback, screen).run(resume or folder, prefix)
 

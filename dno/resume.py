@@ -29,7 +29,8 @@ def resumed(folder, given):
     known = {field.name for field in fields(Settings)}
     run = Settings(**{name: _frozen(value) for name, value in checkpoint.state["settings"].items() if name in known})
     given = {name: value for name, value in given.items() if value not in (None, "auto") or name in CHANGEABLE}
-    settings = replace(run, **given).resolve()
+    # The checkpoint has the noise; the file that the run started from may be gone.
+    settings = replace(run, **{"noise": None, **given}).resolve()
     differences = [
         f"--{name} {getattr(settings, name)} (the run's: {getattr(run, name)})"
         for name in given

@@ -307,8 +307,10 @@ class Settings:
             raise UserError(f"--antithetic makes pairs; --num_samples is {self.num_samples}, expected an even number")
         if not self.objective:
             raise UserError("--objective is empty; expected at least one reward")
-        if self.model_config is not None and not Path(self.model_config).expanduser().exists():
-            raise UserError(f"--model_config {self.model_config} does not exist")
+        for name in ("noise", "model_config"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).expanduser().exists():
+                raise UserError(f"--{name} {path} does not exist")
         for name in self.report_to:
             if importlib.util.find_spec(name) is None:
                 raise UserError(f"--report_to {name} needs a package that is not installed: pip install {name}")

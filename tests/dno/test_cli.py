@@ -243,7 +243,7 @@ def test_flags_reach_the_model(call, monkeypatch, tiny_folder):
 
     monkeypatch.setattr(problem, "load_model", load)
     _, _, err = call(f"--precision bf16 --variant fp16 --lora x:0.5 --model_config {tiny_folder}")
-    expected = (str(tiny_folder), torch.bfloat16, torch.device("cpu"), "fp16", "x:0.5", str(tiny_folder))
+    expected = (str(tiny_folder), torch.bfloat16, torch.device("cpu"), "fp16", "x:0.5", str(tiny_folder), None, "auto")
     assert err == f"error: {expected!r}\n"
 
 

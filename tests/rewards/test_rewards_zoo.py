@@ -55,7 +55,13 @@ def test_jpeg_is_the_size_of_the_file_in_kilobytes(images):
 
 
 def test_jpeg_alone_says_that_it_has_no_gradient():
-    assert [name for name, factory in RFUNCTIONS.items() if not getattr(factory, "differentiable", True)] == ["jpeg"]
+    without = [name for name, factory in RFUNCTIONS.items() if not getattr(factory, "differentiable", True)]
+    assert without == ["jpeg", "jpeg_incompressibility"]
+
+
+def test_incompressibility_is_the_opposite(images):
+    losses = [RFUNCTIONS[name]()(images, PROMPTS) for name in ("jpeg", "jpeg_incompressibility")]
+    assert torch.equal(losses[0], -losses[1])
 
 
 @pytest.mark.parametrize("name", ["white", "black", "contrast", "jpeg"])

@@ -42,13 +42,13 @@ def test_public_names_and_rows():
 
     for name in PUBLIC:
         assert getattr(rewards, name) is getattr(rewards_zoo, name)
-    names = "aesthetic hps hps_v2.1 pick clip imagereward sprites white black contrast jpeg"
+    names = "aesthetic hps hps_v2.1 pick clip imagereward sprites white black contrast jpeg jpeg_incompressibility"
     assert list(rewards.RFUNCTIONS) == names.split()
 
 
 def test_what_is_differentiable_is_declared_and_true(configure):
     for name, factory in rewards.RFUNCTIONS.items():
-        assert factory.differentiable == (name != "jpeg")
+        assert factory.differentiable == (not name.startswith("jpeg"))
         undeclared = lambda *args, build=factory, **kw: build(*args, **kw)  # noqa: E731
         assert rewards.is_differentiable(undeclared, prompt="red car") == factory.differentiable, name
 
