@@ -1,5 +1,7 @@
 """What is kept for the backward pass is counted, and too little memory is named."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -23,6 +25,17 @@ def test_graph_bytes_counts_each_kept_tensor_once_and_no_parameter():
     assert graph_bytes(lambda: (x * 2).exp().square()) == 4000  # both keep the result of exp
     with torch.no_grad():
         assert graph_bytes(lambda: (x * 1).exp()) == 4000  # it counts a graph, whatever the caller does
+
+
+def test_measuring_a_graph_leaves_none_behind():
+    x, alive = torch.ones(10, requires_grad=True), []
+
+    def function():
+        result = x.exp()  # keeps its own result
+        alive.append(weakref.ref(result))
+        return result
+
+    assert graph_bytes(function) == 40 and alive[0]() is None
 
 
 def test_a_step_that_does_not_fit_at_all_is_cut_into_blocks():
