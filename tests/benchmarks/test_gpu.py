@@ -30,6 +30,11 @@ def gpu():
         sys.path.remove(folder)
 
 
+def gpu_page():
+    """The other half of the benchmark, which is imported with it."""
+    return sys.modules["gpu_page"]
+
+
 @pytest.fixture(scope="module")
 def rows(gpu, tmp_path_factory):
     """Every figure of a whole run on tiny networks, and its page; without the regularizer, as in the official loop."""
@@ -178,8 +183,8 @@ def test_figures_of_a_broken_iteration_are_refused(gpu, figures):
     ("NVIDIA H200 NVL", None), ("NVIDIA GeForce RTX 4090 D", None), ("Some other card", None), ("", None),
 ])  # fmt: skip
 def test_dense_rates(gpu, card, rate):
-    assert gpu.dense_rate(card, torch.bfloat16) == gpu.dense_rate(card, torch.float16) == rate
-    assert gpu.dense_rate(card, torch.float32) is None
+    assert gpu_page().dense_rate(card, torch.bfloat16) == gpu_page().dense_rate(card, torch.float16) == rate
+    assert gpu_page().dense_rate(card, torch.float32) is None
 
 
 def test_the_page_of_a_card(gpu):
@@ -194,13 +199,13 @@ def test_the_page_of_a_card(gpu):
     sd = {**row, "model": "sd15", "size": 512}
     official = {**sd, "plan": gpu.OFFICIAL, "seconds": 2.0}
     ours, compiled = {**sd, "seconds": 0.9}, {**sd, "seconds": 0.6, "compiled": True}
-    assert "| 265 | 26.8% |" in gpu.table([row], 989)
-    assert "| SDXL, 1024 px, partial (k) |" in gpu.table([partial])
-    every = gpu.targets([row, split, partial, official, ours, compiled])
+    assert "| 265 | 26.8% |" in gpu_page().table([row], 989)
+    assert "| SDXL, 1024 px, partial (k) |" in gpu_page().table([partial])
+    every = gpu_page().targets([row, split, partial, official, ours, compiled])
     found = [line.rsplit(": ", 1)[1] for line in every.split("\n")]
     assert found == ["12.5 GB (block, split guidance)", "3.20", "2.90 (partial (k))", "0.45 (step)", "0.30 (step)"]
     skipped = {**row, "plan": "skip_unet", "factor": 1.1, "peak": 7.0}
-    assert gpu.targets([skipped]) == gpu.targets([])
+    assert gpu_page().targets([skipped]) == gpu_page().targets([])
 
 
 def test_the_networks_have_the_published_sizes(gpu):
@@ -214,7 +219,7 @@ def test_the_networks_have_the_published_sizes(gpu):
 
 
 def test_a_product_of_matrices_has_a_rate(gpu):
-    assert gpu.matmul_tflops(torch.device("cpu"), torch.float32, size=32) > 0
+    assert gpu_page().matmul_tflops(torch.device("cpu"), torch.float32, size=32) > 0
 
 
 def test_on_a_card_the_peaks_are_its_own_and_the_page_names_its_rate(gpu, monkeypatch):
@@ -222,9 +227,10 @@ def test_on_a_card_the_peaks_are_its_own_and_the_page_names_its_rate(gpu, monkey
             "max_memory_reserved": 6e9, "get_device_name": "NVIDIA H200"}  # fmt: skip
     for name, answer in cuda.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
-    monkeypatch.setattr(gpu, "resolve_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(gpu, "resolve_precision", lambda name, device: torch.bfloat16)
-    monkeypatch.setattr(gpu, "matmul_tflops", lambda device, dtype: 790.0)
+    page = sys.modules["gpu_page"]
+    monkeypatch.setattr(page, "resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(page, "resolve_precision", lambda name, device: torch.bfloat16)
+    monkeypatch.setattr(page, "matmul_tflops", lambda device, dtype: 790.0)
     calls = []
     last = {"reward": 0.1, "grad_norm": 2.0}
     meter = gpu.Meter(torch.device("cuda"), calls.append, num_calls=3, warm_up=1, last=lambda: last)
@@ -237,7 +243,7 @@ def test_on_a_card_the_peaks_are_its_own_and_the_page_names_its_rate(gpu, monkey
         "name": "SDXL, 1024 px, step", "model": "sdxl", "size": 1024, "plan": "step", "described": "step",
         "compiled": False, "num_steps": 50, "small": False, **figures, "tflop": 2120.0, "tflops": 494.5,
     }  # fmt: skip
-    page = gpu.report(gpu.parse(["--device", "cuda", "--tuning", "channels_last"]), [row])
+    page = page.report(gpu.parse(["--device", "cuda", "--tuning", "channels_last"]), [row])
     assert "cuda (NVIDIA H200)" in page and "989 TFLOP/s; a product of two 8192 x 8192 matrices reaches 790" in page
     assert "| 5.00 | 6.00 | 2120 | 494 | 50.0% |" in page and "with channels_last" in page
     assert "5.0 GB (step)" in page
