@@ -104,9 +104,11 @@ def main(description, prefix, **defaults):
     prefix: of the run folder's name.
     """
     settings, given, run = parse(build_parser(description, defaults))
-    signal.signal(signal.SIGTERM, _terminate)
     warnings.showwarning = _show_warning
     work = _Work(settings, given, run, prefix)
+    signal.signal(signal.SIGTERM, work.interrupt)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # ignored for jobs in the background of a shell
+        signal.signal(signal.SIGINT, work.interrupt)
     try:
         work.check()  # before the libraries, which take seconds to import
         work.run()
@@ -130,7 +132,17 @@ class _Work:
     def __init__(self, settings, given, run, prefix):
         self.settings, self.given, self.prefix = settings, given, prefix
         self.prompts, self.seeds, self.resume = run["prompts"], run["seeds"], run["resume"]
-        self.screen, self.team = None, None
+        self.screen, self.team, self.stop = None, None, None
+
+    def interrupt(self, number, frame):
+        """The handler of Ctrl-C and SIGTERM."""
+        self.stop = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        raise self.stop
+
+    def insist(self, metrics):
+        """After each iteration: raise once more what a library's bare `except` or a destructor has swallowed."""
+        if self.stop is not None:
+            raise self.stop
 
     def check(self):
         if self.resume is None:
@@ -152,9 +164,10 @@ class _Work:
         if not self.team.leads:
             warnings.showwarning = functools.partial(_show_warning, rank=self.team.rank)
         if self.prompts or self.seeds:
-            return sweep(self.settings, self.prompts, self.seeds, self.prefix, self.team)
+            return sweep(self.settings, self.prompts, self.seeds, self.prefix, self.team, self.insist)
         self.screen = Screen() if self.team.leads else None
-        align(**self.settings, prefix=self.prefix, screen=self.screen, team=self.team, resume=self.resume)
+        common = {"screen": self.screen, "team": self.team, "callback": self.insist}
+        align(**self.settings, prefix=self.prefix, resume=self.resume, **common)
 
     def _run_settings(self):
         """The flags, and on --resume the run's own where none are given."""
@@ -205,10 +218,6 @@ def _value_type(hint):
     """The type of one value of a setting: of `int | None` int, of `tuple[str, ...] | None` str."""
     kinds = [kind for kind in get_args(hint) if kind is not type(None)]
     return _value_type(kinds[0]) if kinds else hint
-
-
-def _terminate(number, frame):
-    raise Terminated
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None, rank=0):

@@ -26,13 +26,13 @@ _ELSEWHERE = {*CHANGEABLE, "prompt", "seed", "output"} - {"opt_steps", *STOPPING
 DONE, NEW, STARTED = range(3)
 
 
-def sweep(settings, prompts, seeds, prefix, team):
+def sweep(settings, prompts, seeds, prefix, team, callback=lambda metrics: None):
     """Run every prompt of the file `prompts` (else the settings' prompt) with every seed (else the settings' seed).
 
     The runs' folders are in `<output>/<prefix>-sweep-<digest of the settings>/`, so the same command finds them again:
     what is finished is skipped, what was begun goes on from its checkpoint. A run that fails after it began is noted
     and the others go on. Gradient runs are shared out to the processes; for an estimated gradient all of them work on
-    each run.
+    each run. callback: as that of `align`.
     Raises UserError at the end where a run failed. Returns the table's rows.
     """
     resolved = Settings(**settings).resolve()
@@ -59,7 +59,8 @@ def sweep(settings, prompts, seeds, prefix, team):
     mine = left if together else left[team.rank :: team.size]
     loaded = Loaded()
     for i in mine:
-        _one(settings, runs[i], folders[i], stages[i], loaded, team if together else None, team, f"{i + 1}/{len(runs)}")
+        count = f"{i + 1}/{len(runs)}"
+        _one(settings, runs[i], folders[i], stages[i], loaded, team if together else None, team, count, callback)
     team.finished()
     if team.leads:
         team.wait_for_all()
@@ -69,11 +70,12 @@ def sweep(settings, prompts, seeds, prefix, team):
         return rows
 
 
-def _one(settings, run, path, stage, loaded, shared_by, team, count):
+def _one(settings, run, path, stage, loaded, shared_by, team, count, callback):
     """One run: new, or gone on with. shared_by: the team, where all of it works on this run."""
     prompt, seed = run
 
     def lives(metrics):
+        callback(metrics)
         team.alive()
         if shared_by is None:
             team.check()

@@ -340,3 +340,10 @@ def test_a_stop_before_the_first_iteration_leaves_nothing(call, tmp_path, monkey
     monkeypatch.setattr(problem, "load_model", lambda *_: (_ for _ in ()).throw(stop))
     got, _, err = call()
     assert got == code and err == f"stopped by {name}\n" and no_folder(tmp_path)
+
+
+def test_a_stop_that_a_library_swallows_takes_effect_after_the_iteration(call, reward, tmp_path, no_pictures):
+    lines = ("try:", "    import os, signal", "    os.kill(os.getpid(), signal.SIGINT)", "except: pass")
+    body = "\n        ".join([*lines, "return images.mean(dim=(1, 2, 3))"])
+    code, _, err = call(f"{reward(body)} --opt_steps 50")
+    assert code == 130 and "stopped by Ctrl-C" in err and len(metrics_of(run_folder(tmp_path))) == 1
