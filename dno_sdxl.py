@@ -8,7 +8,7 @@ commands to try:
 """
 
 from dno.cli import main
-from dno.models import DEFAULT_SDXL_MODEL
+from dno.models.specs import DEFAULT_SDXL_MODEL
 
 if __name__ == "__main__":
     main(

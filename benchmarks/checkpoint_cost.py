@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from common import machine, print_table
 
-from dno.checkpoints import load_newest, save_checkpoint
-from dno.optimize import ImageState
-from dno.optimizers import make_optimizer
+from dno.methods.noise_optimization import ImageState
+from dno.methods.optimizers import make_optimizer
+from dno.runs.checkpoints import load_newest, save_checkpoint
 
 # (T + 1, C, h, w) at the default number of steps.
 NOISES = {

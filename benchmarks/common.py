@@ -11,10 +11,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from dno.loading import load_model, resolve_device, resolve_precision  # noqa: E402
-from dno.models import StableDiffusion, model_spec  # noqa: E402
-from dno.quiet import quiet  # noqa: E402
-from dno.sdxl import StableDiffusionXL  # noqa: E402
+from dno.models.loading import load_model  # noqa: E402
+from dno.models.quiet import quiet  # noqa: E402
+from dno.models.specs import model_spec, resolve_device, resolve_precision  # noqa: E402
+from dno.models.stable_diffusion import StableDiffusion  # noqa: E402
+from dno.models.stable_diffusion_xl import StableDiffusionXL  # noqa: E402
 
 # The sizes in the published configurations of Stable Diffusion 1.5 and of SDXL base; what is left out is the default.
 SD15_UNET = {

@@ -64,13 +64,14 @@ from memory import ResidentPeak
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from dno.gradients import Backpropagation
-from dno.loading import resolve_device, resolve_precision
 from dno.memory import is_out_of_memory
-from dno.optimize import begin, optimize_noise
-from dno.problem import Loaded, Problem
-from dno.sampling import draw_noise, step
+from dno.methods.gradients import Backpropagation
+from dno.methods.noise_optimization import begin, optimize_noise
+from dno.models.specs import resolve_device, resolve_precision
+from dno.noise import draw_noise
+from dno.sampling import step
 from dno.settings import Settings
+from dno.task import Loaded, Problem
 
 # The settings of `align` that make each plan. The first five give the exact gradient.
 PLANS = {

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from common import machine, markdown_table, synchronize
 
-from dno.loading import resolve_device, resolve_precision
+from dno.models.specs import resolve_device, resolve_precision
 
 OFFICIAL = "official loop"
 # Dense TFLOP/s in bf16 and fp16 of the cards that go by these names; their PCIe and NVL variants are slower.

@@ -31,14 +31,14 @@ from common import ROOT, machine, print_table
 
 import rewards
 from dno.alignment import align
-from dno.estimation import ESTIMATORS
-from dno.figures import BLUE, GREEN, GREY, INK, ORANGE
-from dno.gradients import Backpropagation, with_graph
-from dno.loading import load_model
+from dno.methods.estimation import ESTIMATORS
+from dno.methods.gradients import Backpropagation, with_graph
+from dno.models.loading import load_model
+from dno.noise import draw_noise
 from dno.objectives import Losses, parse_objectives
-from dno.problem import Loaded, Problem
-from dno.sampling import draw_noise
+from dno.report.figures import BLUE, GREEN, GREY, INK, ORANGE
 from dno.settings import Settings
+from dno.task import Loaded, Problem
 from dno.team import join_team
 
 COLOURS = {"hybrid": BLUE, "hybrid_image": ORANGE, "zo": GREEN}

@@ -23,8 +23,8 @@ import torch
 from common import ROOT, add_model_arguments, benchmark_model, machine, print_table, sampling_settings
 
 from dno.alignment import align
-from dno.loading import resolve_device
 from dno.memory import PeakMemory
+from dno.models.specs import resolve_device
 
 TINY = "tests/golden/tiny-sd"
 STATE = 5  # tensors of (T + 1, B, C, h, w): noise, gradient, two moments, latents

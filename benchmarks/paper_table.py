@@ -28,10 +28,10 @@ from common import ROOT
 import rewards
 from dno import align
 from dno.errors import UserError
-from dno.files import write_whole
-from dno.models import DEFAULT_MODEL
-from dno.problem import Loaded, Problem
+from dno.models.specs import DEFAULT_MODEL
+from dno.runs.files import write_whole
 from dno.settings import Settings
+from dno.task import Loaded, Problem
 
 ANIMALS = (
     "cat", "dog", "horse", "monkey", "rabbit", "zebra", "spider", "bird", "sheep", "deer", "cow", "goat", "lion",

@@ -17,9 +17,9 @@ import time
 import torch
 from common import machine, print_table, synchronize
 
-from dno.loading import resolve_device
+from dno.models.specs import resolve_device
+from dno.noise import PERMUTATIONS, keyed_generator
 from dno.regularization import log_probability_bounds, probability_penalty
-from dno.sampling import PERMUTATIONS, keyed_generator
 
 # (T + 1, B, C, h, w) at the default number of steps.
 NOISES = {"SD 1.5": (51, 1, 4, 64, 64), "sprites": (26, 1, 4, 16, 16)}

@@ -22,8 +22,8 @@ import torch
 from common import add_model_arguments, benchmark_model, machine, print_table, sampling_settings, synchronize
 
 import dno.alignment
-import dno.gradients
-import dno.optimize
+import dno.methods.gradients
+import dno.methods.noise_optimization
 from dno.alignment import align
 
 PARTS = ("sampling", "decoding", "reward", "backward", "regularizer")
@@ -84,7 +84,7 @@ def iterations(model, args, checkpointing):
         watch.patch("decoding", model, "decode"),
         watch.patch("reward", dno.alignment.Losses, "__call__"),
         watch.patch("backward", torch.autograd, "grad"),
-        watch.patch("regularizer", dno.optimize, "_penalize"),
+        watch.patch("regularizer", dno.methods.noise_optimization, "_penalize"),
     ):
         align(
             model=model, prompt=args.prompt, objective=args.objective, gamma=args.gamma, eta=args.eta,

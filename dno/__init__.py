@@ -8,7 +8,10 @@ Source: Tang et al. 2024, "Tuning-Free Alignment of Diffusion Models with Direct
 
 __all__ = ["Alignment", "UserError", "align", "load_model"]
 
-_HOME = {"align": "dno.alignment", "Alignment": "dno.alignment", "load_model": "dno.loading", "UserError": "dno.errors"}
+_HOME = {
+    "align": "dno.alignment", "Alignment": "dno.alignment", "load_model": "dno.models.loading",
+    "UserError": "dno.errors",
+}  # fmt: skip
 
 
 def __getattr__(name):

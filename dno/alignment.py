@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 
 import rewards
-from dno.checkpoints import save_checkpoint
 from dno.errors import UserError
 from dno.memory import PeakMemory, out_of_memory_explained
-from dno.models import model_spec
+from dno.methods.noise_optimization import StopRules, begin, optimize_noise
+from dno.models.specs import model_spec
 from dno.objectives import describe
-from dno.optimize import StopRules, begin, optimize_noise
-from dno.problem import Loaded, Problem
 from dno.resume import resumed
-from dno.runs import Run, versions
+from dno.runs.checkpoints import save_checkpoint
+from dno.runs.folder import Run, versions
+from dno.runs.trackers import Trackers
 from dno.settings import Settings
-from dno.trackers import Trackers
+from dno.task import Loaded, Problem
 
 # Settings that are of no use where the model is loaded already.
 LOADED_WITH = {"lora", "variant", "model_config", "precision", "device", "vae", "vae_precision", "compile"}
@@ -62,7 +62,7 @@ def align(
         run's own, but for those in `dno.resume.CHANGEABLE`.
     team: the processes that share the perturbed samples (see `dno.team`); each of them calls `align`, and gets None but
         for the first.
-    loaded: a `dno.problem.Loaded` that several runs of the same model and rewards share.
+    loaded: a `dno.task.Loaded` that several runs of the same model and rewards share.
     settings: any other field of `dno.settings.Settings`; the flags of the scripts have the same names. The settings of
         the reward models, `reward_paths` with them, replace what `rewards.configure` was told.
     Raises UserError, a ValueError with one line, for bad input. On KeyboardInterrupt all that was found is on disk, and

@@ -155,7 +155,7 @@ class _Work:
 
     def run(self):
         from dno.alignment import align
-        from dno.screen import Screen
+        from dno.runs.screen import Screen
         from dno.sweep import sweep
         from dno.team import join_team
 

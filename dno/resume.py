@@ -4,10 +4,10 @@ import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
-from dno.checkpoints import load_newest
 from dno.errors import UserError
-from dno.optimize import MAX_BAD_STEPS
-from dno.runs import versions
+from dno.methods.noise_optimization import MAX_BAD_STEPS
+from dno.runs.checkpoints import load_newest
+from dno.runs.folder import versions
 from dno.settings import Settings
 
 STOPPING = ("target_reward", "patience", "max_seconds", "min_probability")
@@ -53,7 +53,7 @@ def resumed(folder, given):
 
 
 def newest(folder, report=warnings.warn):
-    """The newest whole checkpoint of the run in `folder`, see `dno.checkpoints.load_newest`."""
+    """The newest whole checkpoint of the run in `folder`, see `dno.runs.checkpoints.load_newest`."""
     if "-sweep-" in Path(folder).expanduser().resolve().name:
         raise UserError(f"{folder} is the folder of several runs; the command that made it goes on with them")
     return load_newest(folder, report)

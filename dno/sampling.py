@@ -7,7 +7,6 @@ z the fresh noise of a step, (alpha, sigma) the levels in x = alpha * x0 + sigma
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -147,29 +146,3 @@ class _Recomputed(torch.autograd.Function):
                 x_next = _advance(ctx.denoise, x, torch.zeros_like(x), ctx.schedule, i, ctx.eta)
                 (grad,) = torch.autograd.grad(x_next, x, grad)
         return None, None, None, grad if ctx.needs_input_grad[3] else None, *grads
-
-
-# What a random draw is for: the first entry of its key, so that no two uses share a stream.
-CANDIDATE, PERMUTATIONS, PERTURBATION = range(3)
-
-
-def keyed_generator(*key):
-    """A CPU generator for one key of non-negative integers, (use, seed, index, ...): equal keys, equal draws.
-
-    Draws that are keyed, not taken in turn from one stream, do not depend on batch size, processes or a resume.
-    """
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
-
-
-def draw_noise(seeds, num_steps, shape, candidate=0):
-    """Standard normal noise for one image a seed: (T + 1, len(seeds), C, h, w), float32, on the CPU.
-
-    shape: (C, h, w). Each image's noise depends on its own seed alone and is `torch.randn(T + 1, C, h, w)` after
-    `torch.manual_seed(seed)`, as in the official implementation; candidate > 0 gives further independent draws.
-    """
-
-    def generator(seed):
-        return keyed_generator(CANDIDATE, seed, candidate) if candidate else torch.Generator().manual_seed(seed)
-
-    return torch.stack([torch.randn(num_steps + 1, *shape, generator=generator(seed)) for seed in seeds], dim=1)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from dno.errors import UserError
-from dno.models import DEFAULT_MODEL, TIMESTEP_SPACINGS, model_spec
-from dno.optimizers import OPTIMIZERS, PRECONDITIONERS
+from dno.methods.optimizers import OPTIMIZERS, PRECONDITIONERS
+from dno.models.specs import DEFAULT_MODEL, TIMESTEP_SPACINGS, model_spec
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 from dno.alignment import align
-from dno.checkpoints import load_newest
 from dno.errors import UserError
-from dno.files import write_whole
 from dno.objectives import METRICS
-from dno.problem import Loaded
 from dno.resume import CHANGEABLE, STOPPING
-from dno.runs import lock_folder
+from dno.runs.checkpoints import load_newest
+from dno.runs.files import write_whole
+from dno.runs.folder import lock_folder
 from dno.settings import Settings
+from dno.task import Loaded
 
 # What may differ between two starts of the same sweep.
 _ELSEWHERE = {*CHANGEABLE, "prompt", "seed", "output"} - {"opt_steps", *STOPPING}

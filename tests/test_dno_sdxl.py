@@ -13,7 +13,7 @@ from dno.errors import UserError
 @pytest.fixture
 def call(tiny_xl_folder, tmp_path, monkeypatch, capsys):
     """call(flags) -> (exit code, standard output, standard error, the run's folder or None)."""
-    from dno.runs import Run
+    from dno.runs.folder import Run
 
     monkeypatch.setattr(Run, "draw", lambda run: None)
     monkeypatch.chdir(tmp_path)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dno.checkpoints import load_newest
-from dno.runs import load_noise
+from dno.noise import load_noise
+from dno.runs.checkpoints import load_newest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "dno_stable_diffusion.py"
 

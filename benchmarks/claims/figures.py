@@ -7,8 +7,8 @@ import numpy as np
 from claims.intervals import frontier, interval
 from claims.plan import GAMMAS, OBJECTIVES
 from claims.section import BAR, P_FLOOR, tuned_rows
-from dno.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE
-from dno.files import write_whole
+from dno.report.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE
+from dno.runs.files import write_whole
 
 SKY = "#56B4E9"  # Okabe and Ito's, for a sixth line
 AXES = {

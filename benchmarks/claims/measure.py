@@ -13,11 +13,11 @@ import torch
 from common import ROOT
 
 from dno import align, load_model
-from dno.files import write_whole
-from dno.optimize import begin, optimize_noise
-from dno.problem import Loaded, Problem
-from dno.sampling import draw_noise
+from dno.methods.noise_optimization import begin, optimize_noise
+from dno.noise import draw_noise
+from dno.runs.files import write_whole
 from dno.settings import Settings
+from dno.task import Loaded, Problem
 
 JUDGE = f"{ROOT / 'sprites' / 'judge.py'}:judge_loss_fn"
 WATCHED = ("sprites", "jpeg")  # besides the judge

@@ -10,7 +10,7 @@ from claims.plan import LR
 from claims.section import digits_of, number
 from claims.sections_picture import section_b, section_e, section_f
 from claims.sections_reward import section_a, section_c, section_d
-from dno.files import write_whole
+from dno.runs.files import write_whole
 
 OUTCOMES = ("yes", "undecided", "the reverse")
 SECTIONS = (section_a, section_b, section_c, section_d, section_e, section_f)

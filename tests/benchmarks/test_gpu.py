@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from dno.gradients import Backpropagation
-from dno.problem import Loaded, Problem
+from dno.methods.gradients import Backpropagation
 from dno.settings import Settings
+from dno.task import Loaded, Problem
 
 EXACT = ["none", "partial", "step", "block", "split"]
 SMALL = ["--small", "--device", "cpu", "--sizes", "16", "--num_steps", "2", "--iterations", "1"]

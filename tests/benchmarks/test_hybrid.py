@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dno.estimation import ESTIMATORS, Estimation
-from dno.gradients import Backpropagation
+from dno.methods.estimation import ESTIMATORS, Estimation
+from dno.methods.gradients import Backpropagation
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

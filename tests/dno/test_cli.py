@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 import rewards
-from dno import cli, problem
+from dno import cli, task
 from dno.cli import build_parser, main, parse
-from dno.runs import load_noise
+from dno.noise import load_noise
 from dno.settings import Settings
 from rewards import MODELS, RFUNCTIONS
 
@@ -46,8 +46,8 @@ def call(monkeypatch, capsys, tmp_path, tiny_folder):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Evolution sheets take longest of all, and most tests do not look at them."""
-    monkeypatch.setattr("dno.figures.evolution_sheet", lambda folder: None)
-    monkeypatch.setattr("dno.figures.evolution_gif", lambda folder: None)
+    monkeypatch.setattr("dno.report.figures.evolution_sheet", lambda folder: None)
+    monkeypatch.setattr("dno.report.figures.evolution_gif", lambda folder: None)
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_bad_input_is_one_line_exit_code_2_and_no_folder(call, tmp_path, flags, 
 
 
 def test_an_output_that_is_a_file_is_found_before_the_model_is_loaded(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(problem, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(task, "load_model", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "output").write_text("")
     code, _, err = call()
     assert code == 2 and err.startswith("error: cannot write") and "--output" in err
@@ -241,7 +241,7 @@ def test_flags_reach_the_model(call, monkeypatch, tiny_folder):
     def load(*args):
         raise cli.UserError(repr(args))
 
-    monkeypatch.setattr(problem, "load_model", load)
+    monkeypatch.setattr(task, "load_model", load)
     _, _, err = call(f"--precision bf16 --variant fp16 --lora x:0.5 --model_config {tiny_folder}")
     expected = (str(tiny_folder), torch.bfloat16, torch.device("cpu"), "fp16", "x:0.5", str(tiny_folder), None, "auto")
     assert err == f"error: {expected!r}\n"
@@ -317,7 +317,7 @@ def test_a_failing_picture_is_a_warning(call, tmp_path, monkeypatch):
     def fail(folder):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("dno.figures.evolution_sheet", fail)
+    monkeypatch.setattr("dno.report.figures.evolution_sheet", fail)
     code, out, err = call()
     assert code == 0 and "warning: evolution.png could not be drawn: RuntimeError: no font" in err
     assert (run_folder(tmp_path) / "evolution.gif").is_file() and "best reward" in out
@@ -337,7 +337,7 @@ def test_a_stop_before_the_first_iteration_leaves_nothing(call, tmp_path, monkey
     monkeypatch.setitem(rewards.RFUNCTIONS, "black", factory)
     got, _, err = call()
     assert got == code and err.endswith(f"\nstopped by {name}\n") and no_folder(tmp_path)
-    monkeypatch.setattr(problem, "load_model", lambda *_: (_ for _ in ()).throw(stop))
+    monkeypatch.setattr(task, "load_model", lambda *_: (_ for _ in ()).throw(stop))
     got, _, err = call()
     assert got == code and err == f"stopped by {name}\n" and no_folder(tmp_path)
 

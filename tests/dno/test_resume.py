@@ -11,15 +11,15 @@ import torch
 
 from dno import UserError, align
 from dno.cli import main
+from dno.noise import load_noise
 from dno.resume import CHANGEABLE
-from dno.runs import load_noise
 from dno.settings import Settings
 
 
 @pytest.fixture
 def quick(tiny_folder, tmp_path, monkeypatch):
     """`align` on the tiny pipeline, into a folder of tmp_path."""
-    from dno.runs import Run
+    from dno.runs.folder import Run
 
     monkeypatch.setattr(Run, "draw", lambda run: None)
 
@@ -201,9 +201,9 @@ def test_a_full_disk_at_the_last_checkpoint_keeps_the_one_before(quick, tmp_path
 
 def test_the_state_on_disk_is_at_most_four_noises_and_a_megabyte(tmp_path):
     """For Stable Diffusion 1.5's sizes: the noise, AdamW's two moments and the best noise."""
-    from dno.checkpoints import save_checkpoint
-    from dno.optimize import ImageState
-    from dno.optimizers import make_optimizer
+    from dno.methods.noise_optimization import ImageState
+    from dno.methods.optimizers import make_optimizer
+    from dno.runs.checkpoints import save_checkpoint
 
     noise = torch.randn(51, 4, 64, 64)
     leaf = noise.clone().requires_grad_()
@@ -218,7 +218,7 @@ def test_the_state_on_disk_is_at_most_four_noises_and_a_megabyte(tmp_path):
 
 def test_a_run_that_another_process_is_writing_is_left_alone(quick):
     pytest.importorskip("fcntl")
-    from dno.runs import lock_folder
+    from dno.runs.folder import lock_folder
 
     run = quick("run", opt_steps=2)
     before = lines_of(run.folder)
@@ -232,7 +232,7 @@ def test_a_run_that_another_process_is_writing_is_left_alone(quick):
 
 def test_a_stop_while_the_images_move_leaves_the_state_before_it(quick, tmp_path, monkeypatch):
     """Image 0 of iteration 3 has moved and image 1 has not: what is on disk is from before both."""
-    from dno.optimize import ImageState
+    from dno.methods.noise_optimization import ImageState
 
     whole, real, calls = quick("whole", batch_size=2), ImageState.update, []
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 
-from dno.sampling import Schedule, draw_noise, keyed_generator, noise_scale, sample, step
+from dno.noise import draw_noise, keyed_generator
+from dno.sampling import Schedule, noise_scale, sample, step
 
 CONFIG = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,

@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from dno.errors import UserError
-from dno.models import DEFAULT_MODEL, MODELS, PACKAGE_ROOT, ModelSpec, model_spec
+from dno.models.specs import DEFAULT_MODEL, MODELS, PACKAGE_ROOT, ModelSpec, model_spec
 from dno.settings import Settings
 
 PUBLISHED = {

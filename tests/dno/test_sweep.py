@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dno.cli import main
-from dno.runs import load_noise
+from dno.noise import load_noise
 
 
 @pytest.fixture

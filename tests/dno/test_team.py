@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from dno.checkpoints import load_newest
-from dno.runs import load_noise
+from dno.noise import load_noise
+from dno.runs.checkpoints import load_newest
 
 
 def only_run(tmp_path, output="output"):

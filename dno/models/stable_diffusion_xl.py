@@ -3,7 +3,7 @@
 import torch
 
 from dno.errors import UserError
-from dno.models import Conditioning, StableDiffusion
+from dno.models.stable_diffusion import Conditioning, StableDiffusion
 
 
 class StableDiffusionXL(StableDiffusion):

@@ -9,7 +9,7 @@ import torch
 
 from dno.errors import UserError
 from dno.regularization import probability, probability_min
-from dno.stopping import signals_wait
+from dno.runs.signals import signals_wait
 
 # Iterations in a row without a finite reward and gradient after which an image is given up.
 MAX_BAD_STEPS = 3

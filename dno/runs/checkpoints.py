@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from dno.errors import UserError
-from dno.files import sync_folder, write
+from dno.runs.files import sync_folder, write
 
 FORMAT = 1
 FILES = ("tensors.safetensors", "state.json")

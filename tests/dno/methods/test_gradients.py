@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import dno
-from dno.gradients import Backpropagation
-from dno.sampling import draw_noise, sample
+from dno.methods.gradients import Backpropagation
+from dno.noise import draw_noise
+from dno.sampling import sample
 
 STEPS = 3
 

@@ -17,8 +17,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from dno.errors import UserError
-from dno.report_charts import PALETTE, Curve, chart, say
-from dno.report_data import PAGE_BYTES, RUN_BYTES, Pool, read_run
+from dno.report.charts import PALETTE, Curve, chart, say
+from dno.report.pictures import PAGE_BYTES, RUN_BYTES, Pool, read_run
 
 BAD_INPUT = 2
 # Kept apart: where a run was written says nothing about what it does.
@@ -273,7 +273,7 @@ def _plain(value):
 
 def _setting_defaults(args):
     """By setting, the value, as `_plain` writes it, that a run of this model has where its flag is left out."""
-    from dno.models import model_spec
+    from dno.models.specs import model_spec
     from dno.settings import Settings
 
     defaults = {setting.name: setting.default for setting in fields(Settings) if setting.metadata["group"]}

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageChops
 from PIL.PngImagePlugin import PngInfo
 
-from dno.figures import COLUMNS, WIDTH, choose_steps, evolution_gif, evolution_sheet, read_run
+from dno.report.figures import COLUMNS, WIDTH, choose_steps, evolution_gif, evolution_sheet, read_run
 
 
 def color(step, b=0):
@@ -262,7 +262,7 @@ def test_matplotlib_is_left_as_it_was(tmp_path):
 
 
 def test_importing_is_light():
-    code = "import sys, dno.figures; print([m for m in ('matplotlib', 'torch') if m in sys.modules])"
+    code = "import sys, dno.report.figures; print([m for m in ('matplotlib', 'torch') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

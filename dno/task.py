@@ -9,16 +9,16 @@ import torch
 
 import rewards
 from dno.errors import UserError
-from dno.estimation import Estimation
-from dno.gradients import Backpropagation
-from dno.loading import PRECISIONS, check_model, load_model, resolve_device, resolve_precision
 from dno.memory import LeanerOnDemand, Plan, choose_plan
-from dno.models import model_spec
+from dno.methods.estimation import Estimation
+from dno.methods.gradients import Backpropagation
+from dno.methods.optimizers import make_optimizer
+from dno.models.loading import check_model, load_model
+from dno.models.specs import PRECISIONS, model_spec, resolve_device, resolve_precision
+from dno.noise import PERMUTATIONS, PERTURBATION, check_noise, draw_noise, keyed_generator, load_noise
 from dno.objectives import Losses, parse_evaluations, parse_objectives
-from dno.optimizers import make_optimizer
 from dno.regularization import probability_penalty
-from dno.runs import check_noise, load_noise
-from dno.sampling import PERMUTATIONS, PERTURBATION, draw_noise, keyed_generator, noise_scale, sample
+from dno.sampling import noise_scale, sample
 from dno.team import Team
 
 

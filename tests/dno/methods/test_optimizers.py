@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dno.optimizers import NormPreservingDescent, make_optimizer, spectral
+from dno.methods.optimizers import NormPreservingDescent, make_optimizer, spectral
 
 
 def maps(*shape, seed=0):

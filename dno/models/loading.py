@@ -11,30 +11,13 @@ import torch
 
 from dno.errors import UserError
 from dno.memory import is_out_of_memory
-from dno.models import StableDiffusion, model_spec
-from dno.quiet import quiet
-from dno.sdxl import StableDiffusionXL
+from dno.models.quiet import quiet
+from dno.models.specs import PRECISIONS, model_spec
+from dno.models.stable_diffusion import StableDiffusion
+from dno.models.stable_diffusion_xl import StableDiffusionXL
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FAMILIES = {family.pipeline_class: family for family in (StableDiffusion, StableDiffusionXL)}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-
-
-def resolve_device(name):
-    """`--device` as a torch.device. Raises UserError where this torch cannot use it."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, present in available.items() if present)
-    if not available[name]:
-        raise UserError(f"--device {name}: this torch ({torch.__version__}) sees no such device; use --device auto")
-    return torch.device(name)
-
-
-def resolve_precision(name, device):
-    """`--precision` as a torch dtype: auto is bf16 on a GPU that has it, else fp32."""
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return PRECISIONS[name]
 
 
 def load_model(

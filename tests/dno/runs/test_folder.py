@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dno import runs
 from dno.errors import UserError
-from dno.runs import Run, git_revision, load_noise
+from dno.noise import load_noise
+from dno.runs import folder as runs
+from dno.runs.folder import Run, git_revision
 
 needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 not_as_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
@@ -234,7 +235,7 @@ def test_an_interrupted_write_leaves_no_litter(written, monkeypatch):
 
 
 def test_a_picture_that_fails_is_a_warning_and_the_other_is_drawn(written, monkeypatch):
-    monkeypatch.setattr("dno.figures.evolution_sheet", refuse)
+    monkeypatch.setattr("dno.report.figures.evolution_sheet", refuse)
     written.save_image("images/000", torch.zeros(3, 8, 8))
     with pytest.warns(UserWarning, match="evolution.png could not be drawn: OSError: .*No space left"):
         written.draw()

@@ -10,8 +10,8 @@ from diffusers import DDIMScheduler
 import dno
 from dno.errors import UserError
 from dno.memory import Plan, graph_bytes
+from dno.models.stable_diffusion_xl import StableDiffusionXL
 from dno.sampling import sample
-from dno.sdxl import StableDiffusionXL
 
 STEPS = 4
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dno.checkpoints import FILES, load_newest, save_checkpoint
 from dno.errors import UserError
-from dno.files import write_whole
+from dno.runs.checkpoints import FILES, load_newest, save_checkpoint
+from dno.runs.files import write_whole
 
 ALL_FILES = (*FILES, "manifest.json")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -384,7 +384,7 @@ SERVER = """
 import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
-from dno.checkpoints import save_checkpoint
+from dno.runs.checkpoints import save_checkpoint
 
 def save(run, step, keep, size):
     tensors = {"noise": torch.full((size,), float(step)), "moment": torch.full((3,), step, dtype=torch.float64)}
@@ -432,7 +432,7 @@ def saver():
     It returns the steps whose saving had returned, and the exit status.
     """
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     with subprocess.Popen(
         [sys.executable, "-c", SERVER], cwd=root, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as server:

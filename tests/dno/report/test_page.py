@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dno import report
 from dno.errors import UserError
-from dno.report import main, write_report
-from dno.report_charts import Curve, chart, say
+from dno.report import page as report
+from dno.report.charts import Curve, chart, say
+from dno.report.page import main, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium or Chrome")

@@ -10,7 +10,8 @@ from diffusers import DDIMScheduler
 
 import dno
 from dno.errors import UserError
-from dno.models import MODELS, StableDiffusion, model_spec
+from dno.models.specs import MODELS, model_spec
+from dno.models.stable_diffusion import StableDiffusion
 from dno.sampling import sample, step
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")

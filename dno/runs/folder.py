@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from dno.errors import UserError
-from dno.files import write_whole
-from dno.models import PACKAGE_ROOT
+from dno.models.specs import PACKAGE_ROOT
+from dno.runs.files import write_whole
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 
@@ -29,7 +29,7 @@ class Run:
 
     folder: this folder instead, which is missing or empty, or with `resume` the folder of a run.
     args.json, metrics.jsonl, images/, initial.png, best.png, best_noise.safetensors, evolution.png, evolution.gif,
-    result.json, and the checkpoints (see `dno.checkpoints`).
+    result.json, and the checkpoints (see `dno.runs.checkpoints`).
     Every file is written aside and renamed, and metrics line by line, so a stop at any moment leaves whole files.
     No other process can write to it until `close` is called, or the object is gone.
     Each method raises UserError where the disk is full or the folder cannot be written.
@@ -147,7 +147,7 @@ class Run:
 
     def draw(self):
         """evolution.png and evolution.gif. A picture that fails is a warning: the results are on disk already."""
-        from dno.figures import evolution_gif, evolution_sheet
+        from dno.report.figures import evolution_gif, evolution_sheet
 
         for name, draw in (("evolution.png", evolution_sheet), ("evolution.gif", evolution_gif)):
             try:
@@ -184,26 +184,6 @@ def lock_folder(folder):
         os.close(handle)
         return None
     return handle
-
-
-def load_noise(path):
-    """The noise of a best_noise.safetensors, checked as `check_noise` does."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        noise = load_file(Path(path).expanduser()).get("noise")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--noise {path} could not be read: {error}; expected a best_noise.safetensors") from error
-    return check_noise(noise, f"--noise {path}")
-
-
-def check_noise(noise, what="noise"):
-    """The noise, (T + 1, B, C, h, w), in float32. Raises UserError for anything else."""
-    if noise is None or noise.dim() != 5 or not noise.is_floating_point() or not noise.isfinite().all():
-        got = "no tensor 'noise'" if noise is None else f"'noise' of shape {tuple(noise.shape)}, {noise.dtype}"
-        raise UserError(f"{what} has {got}; expected a finite float tensor (T + 1, B, C, h, w)")
-    return noise.float()
 
 
 def git_revision():

@@ -6,8 +6,8 @@ import torch
 
 from dno import align
 from dno.errors import UserError
+from dno.runs.trackers import Trackers
 from dno.settings import Settings
-from dno.trackers import Trackers
 
 METRICS = {"step": 0, "reward": 0.5, "rewards": [0.5], "probability": float("nan"), "images": [{}]}
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from dno.errors import UserError
-from dno.gradients import Estimate
-from dno.optimize import MAX_BAD_STEPS, StopRules, begin, optimize_noise
-from dno.optimizers import make_optimizer
+from dno.methods.gradients import Estimate
+from dno.methods.noise_optimization import MAX_BAD_STEPS, StopRules, begin, optimize_noise
+from dno.methods.optimizers import make_optimizer
 
 FREE = slice(0, 3)  # of four noises
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from dno.errors import UserError
-from dno.figures import choose_steps
+from dno.report.figures import choose_steps
 
 LOSSLESS = 128  # px; images up to this size are kept as they are, for every pixel of theirs is seen
 # Longest side and JPEG quality of larger images. Smaller where a run's frames would not fit otherwise.

@@ -17,7 +17,7 @@ import warnings
 import torch
 
 from dno.errors import UserError
-from dno.gradients import Estimate, pull_back, with_graph
+from dno.methods.gradients import Estimate, pull_back, with_graph
 from dno.team import Team
 
 

@@ -7,64 +7,14 @@ output (epsilon, v or x0) and the border between the sampler's float32 and the n
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from dno.errors import UserError
-from dno.quiet import quiet
+from dno.models.quiet import quiet
+from dno.models.specs import TIMESTEP_SPACINGS, model_spec
 from dno.sampling import Schedule
-
-DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-DEFAULT_SDXL_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
-TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
-PACKAGE_ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """One row: where a model is and what it wants unless the user says otherwise.
-
-    source: hub id, diffusers folder or single .safetensors file.
-    words: the words that the model was trained on, where it knows a few only; others earn a warning.
-    timestep_spacing: one of `TIMESTEP_SPACINGS`; None = the one in the scheduler's own configuration.
-    ends_clean: the last step ends at alpha = 1, sigma = 0, not at timestep 0, where a little noise is left.
-    """
-
-    source: str
-    num_steps: int = 50
-    guidance_scale: float = 5.0
-    size: tuple[int, int] | None = None  # height, width in pixels; None = the model's own
-    words: tuple[str, ...] = ()
-    timestep_spacing: str | None = None
-    ends_clean: bool = False
-
-
-def _sprites(folder):
-    from sprites.scenes import WORDS
-
-    return ModelSpec(str(PACKAGE_ROOT / folder), num_steps=25, guidance_scale=3.0, words=WORDS)
-
-
-def _turbo(source):
-    """A few-step model: 1 to 4 steps without guidance, as published (arXiv 2311.17042)."""
-    return ModelSpec(source, num_steps=1, guidance_scale=0.0, timestep_spacing="trailing", ends_clean=True)
-
-
-MODELS = {
-    DEFAULT_MODEL: lambda: ModelSpec(DEFAULT_MODEL),
-    DEFAULT_SDXL_MODEL: lambda: ModelSpec(DEFAULT_SDXL_MODEL),
-    "stabilityai/sd-turbo": lambda: _turbo("stabilityai/sd-turbo"),
-    "stabilityai/sdxl-turbo": lambda: _turbo("stabilityai/sdxl-turbo"),
-    "sprites": lambda: _sprites("sprites"),
-    "sprites-xl": lambda: _sprites("sprites/xl"),
-}
-
-
-def model_spec(name):
-    """The row of a model; a hub id, folder or file without a row gets the defaults."""
-    return MODELS[name]() if name in MODELS else ModelSpec(name)
 
 
 @dataclass(frozen=True)

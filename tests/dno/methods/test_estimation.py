@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dno.errors import UserError
-from dno.estimation import ESTIMATORS, Estimation, shares
-from dno.gradients import Backpropagation
-from dno.sampling import keyed_generator
+from dno.methods.estimation import ESTIMATORS, Estimation, shares
+from dno.methods.gradients import Backpropagation
+from dno.noise import keyed_generator
 
 NOISES, SHAPE = 3, (2, 4, 4)
 FREE = slice(0, NOISES)

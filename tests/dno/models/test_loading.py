@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import dno
 from dno.errors import UserError
-from dno.loading import check_model, resolve_device, resolve_precision
-from dno.models import StableDiffusion
-from dno.sdxl import StableDiffusionXL
+from dno.models.loading import check_model
+from dno.models.specs import resolve_device, resolve_precision
+from dno.models.stable_diffusion import StableDiffusion
+from dno.models.stable_diffusion_xl import StableDiffusionXL
 
 httpx = importlib.import_module(errors.HTTPError.__module__.partition(".")[0])  # or its successor httpx2
 UNET, VAE_FILE = "unet/diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors"

@@ -1,0 +1,1 @@
+"""Methods: each finds the noise, or the weights, that a reward prefers."""

@@ -1,0 +1,1 @@
+"""Reports: figures and pages of runs, made from their folders alone."""

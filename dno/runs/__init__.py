@@ -1,0 +1,1 @@
+"""Runs: what a run writes, shows, tracks and stops by; nothing mathematical lives here."""
