@@ -133,7 +133,7 @@ def plain(value):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
         words = [plain(entry) for entry in value]
-        return " ".join(f'"{word}"' if " " in word else word for word in words)
+        return " ".join(f'"{word}"' if " " in word and len(words) > 1 else word for word in words)
     if isinstance(value, dict):
         return ", ".join(f"{name} {plain(entry)}" for name, entry in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)
