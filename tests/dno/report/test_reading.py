@@ -112,7 +112,7 @@ def test_values_that_are_no_numbers(tmp_path):
     run = read_run(make_run(tmp_path / "run", OLD, lines))
     assert run.values("reward", 0) == [None] * 5 + [2.0] and run.means("reward") == [None] * 5 + [1.0]
     assert run.best == 5
-    assert [number(value) for value in (1, -0.5, None, "1", False, float("inf"))] == [1.0, -0.5] + [None] * 4
+    assert [number(value) for value in (1, -0.5, None, "1", False, float("inf"), 1e301)] == [1.0, -0.5] + [None] * 5
 
 
 def test_a_value_of_the_whole_run_counts_for_each_image(tmp_path):
