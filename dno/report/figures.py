@@ -386,3 +386,12 @@ def _save(image: Image.Image, path: Path, **options) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def draw_run(folder) -> None:
+    """evolution.png and evolution.gif. A figure that fails is a warning: the results are on disk already."""
+    for name, draw in (("evolution.png", evolution_sheet), ("evolution.gif", evolution_gif)):
+        try:
+            draw(folder)
+        except Exception as error:
+            warnings.warn(f"{name} could not be drawn: {type(error).__name__}: {error}", stacklevel=2)
