@@ -257,8 +257,6 @@ class Settings:
             num_steps=num_steps,
             guidance_scale=spec.guidance_scale if self.guidance_scale is None else self.guidance_scale,
             opt_time=num_steps if self.opt_time is None else self.opt_time,
-            height=spec.size[0] if spec.size and self.height is None else self.height,
-            width=spec.size[1] if spec.size and self.width is None else self.width,
             objective=_names(self.objective),
             evaluate=_names(self.evaluate),
             original_size=self.original_size and tuple(self.original_size),

@@ -95,9 +95,9 @@ class Problem:
                 self.loaded.model.compile_blocks()
         self.model = self.loaded.model
         self._check_size()
-        self.schedule = self.model.schedule(settings.num_steps, settings.timestep_spacing)
+        self.schedule = self.model.schedule(settings.num_steps, *self.size, settings.timestep_spacing)
         _warn_of_unknown_words(settings)
-        self.guided = settings.guidance_scale > 1
+        self.guided = self.model.needs_negative(settings.guidance_scale)
         self.conditioning = self.model.encode_prompts(
             self.prompts, settings.negative_prompt, guided=self.guided, **self._sizes()
         )
@@ -156,8 +156,7 @@ class Problem:
     def _check_size(self):
         """Fill in the size, and check everything that depends on it."""
         settings, model = self.settings, self.model
-        default = model.default_size
-        self.size = settings.height or default[0], settings.width or default[1]
+        self.size = settings.height or model.default_size[0], settings.width or model.default_size[1]
         for name, value in zip(("height", "width"), self.size, strict=True):
             if value % model.scale_factor:
                 lower = max(value // model.scale_factor, 1) * model.scale_factor
@@ -186,7 +185,7 @@ class Problem:
         return torch.zeros(self.latent_shape, device=self.device, dtype=self.state_dtype, requires_grad=True)
 
     def _one_step(self):
-        return self._denoise(self.conditioning)(self._leaf(), self.schedule.timesteps[0])
+        return self._denoise(self.conditioning)(self._leaf(), self.schedule[0])
 
     def _finish(self):
         return self.losses(self.model.decode(self._leaf()), range(self.settings.batch_size))
