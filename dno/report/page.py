@@ -279,7 +279,6 @@ def _setting_defaults(args):
     defaults = {setting.name: setting.default for setting in fields(Settings) if setting.metadata["group"]}
     spec = model_spec(str(args.get("model", defaults["model"])))
     defaults |= {"num_steps": spec.num_steps, "guidance_scale": spec.guidance_scale, "opt_time": args.get("num_steps")}
-    defaults |= dict(zip(("height", "width"), spec.size or (None, None), strict=True))
     return {name: _plain(list(value) if isinstance(value, tuple) else value) for name, value in defaults.items()}
 
 
