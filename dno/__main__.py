@@ -1,9 +1,9 @@
 """`python -m dno`: every method and command of the toolkit.
 
-    python -m dno                                             the methods and commands
-    python -m dno dno --model sprites --objective black       a method and its flags; -h for help
-    python -m dno --resume output/BestOfN-20260101-120000     whatever method the run is of
-    python -m dno report output/SD-*                          a page of one or several runs
+python -m dno                                             the methods and commands
+python -m dno dno --model sprites --objective black       a method and its flags; -h for help
+python -m dno --resume output/BestOfN-20260101-120000     whatever method the run is of
+python -m dno report output/SD-*                          a page of one or several runs
 """
 
 import importlib

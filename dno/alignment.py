@@ -104,7 +104,12 @@ def align(
     with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
         stack.callback(recorder.close)
         make_task = partial(
-            Task, settings, noise, needs_gradient=method.needs_gradient(settings), team=team, loaded=loaded,
+            Task,
+            settings,
+            noise,
+            needs_gradient=method.needs_gradient(settings),
+            team=team,
+            loaded=loaded,
             reserved=("probability", "probability_min", *method.columns),
         )
         return _run(make_task, method, recorder, asked, resume or folder, prefix or method.prefix, stack)

@@ -58,7 +58,7 @@ def build_parser(method, description=None, presets=None, everything=False):
     cls, presets = method.settings_class(), {**method.presets, **(presets or {})}
     summary, _, commands = (description or _describe(method)).strip().partition("\n\n")
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags]", description=summary, epilog=_epilog(commands, everything), formatter_class=_Help,
+        usage="%(prog)s [flags]", description=summary, epilog=_epilog(commands), formatter_class=_Help,
         allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False,
     )  # fmt: skip
     hints = get_type_hints(cls)
@@ -69,7 +69,10 @@ def build_parser(method, description=None, presets=None, everything=False):
             if hints[f.name] is not dict:
                 default = presets.get(f.name, f.default)
                 text = _help(f.metadata["help"] if everything else f.metadata["basic"], default)
-                place.add_argument(f"--{f.name}", help=text, **_argument(hints[f.name], f.metadata["argument"]))
+                argument = _argument(hints[f.name], f.metadata["argument"])
+                if not everything and "choices" in argument:
+                    argument["metavar"] = "NAME"
+                place.add_argument(f"--{f.name}", help=text, **argument)
         if group.title == "reward models":
             for model in MODELS.values():
                 text = model.help if everything else argparse.SUPPRESS
@@ -221,10 +224,20 @@ def fail(why, code):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Keep the commands' lines as they are."""
+    """Keep the commands' lines as they are, and say each flag in few words."""
 
     def __init__(self, prog):
-        super().__init__(prog, max_help_position=28, width=100)
+        super().__init__(prog, max_help_position=36, width=116)
+
+    def _format_action_invocation(self, action):
+        if isinstance(action, _Switch):  # all of them have an off, which the end of the help says
+            return action.option_strings[0]
+        return super()._format_action_invocation(action)
+
+    def _format_args(self, action, default_metavar):
+        if action.nargs == "+":
+            return f"{self._metavar_formatter(action, default_metavar)(1)[0]} ..."
+        return super()._format_args(action, default_metavar)
 
 
 class _HelpAll(argparse.Action):
@@ -271,10 +284,7 @@ def _optional(kind):
 
 
 class _Switch(argparse.BooleanOptionalAction):
-    """--flag and --no-flag; -h shows the first, since all have both."""
-
-    def format_usage(self):
-        return self.option_strings[0]
+    """--flag and --no-flag."""
 
 
 def _describe(method):
@@ -282,14 +292,14 @@ def _describe(method):
     return f"{method.title}.\n\ncommands to try:\n  python -m dno {method.name} --model sprites --objective sprites"
 
 
-def _epilog(commands, everything):
+def _epilog(commands):
     rewards = ", ".join(
-        name + ("" if getattr(factory, "differentiable", True) else " (no gradient: --estimator hybrid)")
+        name + ("" if getattr(factory, "differentiable", True) else " (no gradient)")
         for name, factory in RFUNCTIONS.items()
     )
-    rewards = textwrap.fill(f"rewards: {rewards}, or your own loss factory as FILE.py:FUNCTION", 100)
-    switches = "\n\nswitches have an off, such as --no-compile; none unsets an optional number" if everything else ""
-    return f"{rewards}\n\n{commands}\n\n{EXIT_CODES}{switches}"
+    rewards = textwrap.fill(f"rewards: {rewards}, or your own loss factory as FILE.py:FUNCTION", 116)
+    switches = "switches have an off, such as --no-split_guidance; the value none unsets an optional number"
+    return f"{rewards}\n{switches}\n{EXIT_CODES}\n\n{commands}"
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None, rank=0):

@@ -28,8 +28,9 @@ def setting(
 ):  # fmt: skip
     """A field of a group, with all that is known of its flag.
 
-    basic: its help in `-h`; None: `--help_all` alone shows it. changeable: a resumed run may have another value, since it says when to
-    stop, where to compute, with how much memory, or what is shown: not what is computed.
+    basic: its help in `-h`, with the choices, if it has any; None: `--help_all` alone shows it.
+    changeable: a resumed run may have another value, since it says when to stop, where to compute, with how much
+    memory, or what is shown: not what is computed.
     least, most, above: the range of a number. convert: value -> value of the field's type, before it is checked.
     argument: further keywords of `add_argument`.
     """
@@ -60,25 +61,34 @@ class Model(Group):
     model: str = setting(
         DEFAULT_MODEL,
         "hub id, diffusers folder or single .safetensors file, or sprites or sprites-xl, which come with the project",
-        basic="hub id, diffusers folder, .safetensors file, sprites or sprites-xl",
+        basic="hub id, folder, file, or sprites",
     )
-    prompt: str | tuple[str, ...] = setting("white duck", "what the image shows", basic="what the image shows", metavar="TEXT")
+    prompt: str | tuple[str, ...] = setting(
+        "white duck", "what the image shows", basic="what the image shows", metavar="TEXT"
+    )
     negative_prompt: str | tuple[str, ...] | None = setting(
         None, "what it should not show; default: the model family's own empty prompt", metavar="TEXT"
     )
     height: int | None = setting(
-        None, "image height in pixels, a multiple of the VAE's scale factor (8); default: the model's", least=1,
+        None,
+        "image height in pixels, a multiple of the VAE's scale factor (8); default: the model's",
+        least=1,
         metavar="PX",
-    )  # fmt: skip
+    )
     width: int | None = setting(None, "image width in pixels, likewise", least=1, metavar="PX")
     precision: str = setting(
         "auto",
         "what the frozen networks are stored and run in; noise, sampler and regularizer stay float32. "
         "auto: bf16 on a GPU that has it, else fp32",
-        basic="of the frozen networks; auto: bf16 on a GPU that has it", choices=PRECISIONS,
-    )  # fmt: skip
+        basic="auto, fp32, bf16 or fp16: of the frozen networks",
+        choices=PRECISIONS,
+    )
     device: str = setting(
-        "auto", "where to run; auto: cuda, else mps, else cpu", basic="auto: cuda, else mps, else cpu", changeable=True, choices=DEVICES
+        "auto",
+        "where to run; auto: cuda, else mps, else cpu",
+        basic="auto, cpu, cuda or mps",
+        changeable=True,
+        choices=DEVICES,
     )
     variant: str | None = setting(None, "variant of the weight files to load, such as fp16", metavar="NAME")
     lora: str | None = setting(
@@ -88,13 +98,15 @@ class Model(Group):
         None, "pipeline folder to configure a single-file model by, where the hub cannot be reached", metavar="DIR"
     )
     vae: str | None = setting(
-        None, "another VAE than the model's, such as an SDXL VAE for fp16: hub id, folder or .safetensors file",
+        None,
+        "another VAE than the model's, such as an SDXL VAE for fp16: hub id, folder or .safetensors file",
         metavar="PATH_OR_ID",
-    )  # fmt: skip
+    )
     vae_precision: str = setting(
-        "auto", "precision of the VAE; auto: the networks', but fp32 where that is fp16 and the VAE overflows in it",
+        "auto",
+        "precision of the VAE; auto: the networks', but fp32 where that is fp16 and the VAE overflows in it",
         choices=PRECISIONS,
-    )  # fmt: skip
+    )
 
     def check(self):
         if self.model_config is not None and not Path(self.model_config).expanduser().exists():
@@ -106,43 +118,77 @@ class Sampling(Group):
     title: ClassVar[str] = "sampling"
 
     num_steps: int | None = setting(
-        None, "sampling steps T; default: 50 (sprites 25, turbo models 1)", basic="sampling steps; default: the model's (50)", least=1, metavar="T"
+        None,
+        "sampling steps T; default: 50 (sprites 25, turbo models 1)",
+        basic="sampling steps; default: the model's (50)",
+        least=1,
+        metavar="T",
     )
     timestep_spacing: str | None = setting(
         None, "how the steps' timesteps are spread; default: the model's", choices=TIMESTEP_SPACINGS
     )
     eta: float | None = setting(
-        None, "0 = deterministic ODE, only the starting noise counts; 1 = DDPM's noise at every step; "
-        "default: the model's (1)", basic="0 = deterministic, 1 = fresh noise at every step; default: the model's (1)", least=0, most=1, metavar="X",
-    )  # fmt: skip
+        None,
+        "0 = deterministic ODE, only the starting noise counts; 1 = DDPM's noise at every step; "
+        "default: the model's (1)",
+        basic="0 = deterministic, 1 = fresh noise at each step; default: the model's",
+        least=0,
+        most=1,
+        metavar="X",
+    )
     guidance_scale: float | None = setting(
         None,
         "weight of the prompt; <= 1 drops the negative prompt and half the time; default: 5 (sprites 3, turbo 0)",
-        basic="weight of the prompt; default: the model's (5)", least=0, metavar="X",
-    )  # fmt: skip
+        basic="weight of the prompt; default: the model's (5)",
+        least=0,
+        metavar="X",
+    )
     original_size: tuple[int, int] | None = setting(
-        None, "SDXL: size in pixels that the image is said to have had; default: its own", least=1, nargs=2,
+        None,
+        "SDXL: size in pixels that the image is said to have had; default: its own",
+        least=1,
+        nargs=2,
         metavar=("H", "W"),
-    )  # fmt: skip
+    )
     crops_coords_top_left: tuple[int, int] = setting(
-        (0, 0), "SDXL: pixels that are said to have been cut off above and to the left", least=0, nargs=2,
+        (0, 0),
+        "SDXL: pixels that are said to have been cut off above and to the left",
+        least=0,
+        nargs=2,
         metavar=("TOP", "LEFT"),
-    )  # fmt: skip
+    )
     target_size: tuple[int, int] | None = setting(
-        None, "SDXL: size in pixels that the image is said to be wanted in; default: its own", least=1, nargs=2,
+        None,
+        "SDXL: size in pixels that the image is said to be wanted in; default: its own",
+        least=1,
+        nargs=2,
         metavar=("H", "W"),
-    )  # fmt: skip
-    seed: int = setting(0, "seed of the noise; image b of a batch has seed + b", basic="image b of a batch has seed + b", least=0, metavar="N")
+    )
+    seed: int = setting(
+        0,
+        "seed of the noise; image b of a batch has seed + b",
+        basic="image b of a batch has seed + b",
+        least=0,
+        metavar="N",
+    )
     batch_size: int = setting(
-        1, "independent images that are worked on together, each as if alone", basic="independent images at once", least=1, metavar="B"
+        1,
+        "independent images that are worked on together, each as if alone",
+        basic="independent images at once",
+        least=1,
+        metavar="B",
     )
     noise: str | None = setting(
         None, "start from the best noise of another run: its folder, or a best_noise.safetensors", metavar="RUN_OR_FILE"
     )
     subsample: int = setting(
-        1, "P(z) and its regularizer look at the noise in rows of 4 ** subsample values",
-        basic="P(z) looks at the noise in rows of 4 ** N values", least=0, most=4, metavar="N",
-    )  # fmt: skip
+        1,
+        "P(z) and its regularizer look at the noise in rows of 4 ** subsample values",
+        basic="P(z) looks at the noise in rows of 4 ** N values",
+        least=0,
+        most=4,
+        metavar="N",
+    )
 
     def resolved(self):
         spec = model_spec(self.model)
@@ -177,13 +223,20 @@ class Objective(Group):
     title: ClassVar[str] = "objective"
 
     objective: tuple[str, ...] = setting(
-        ("black",), "rewards to climb, summed with their weights (default weight 1)", basic="rewards to climb, summed with their weights",
-        convert=objective_texts, nargs="+", metavar="NAME[:WEIGHT]",
-    )  # fmt: skip
+        ("black",),
+        "rewards to climb, summed with their weights (default weight 1)",
+        basic="rewards to climb, summed with their weights",
+        convert=objective_texts,
+        nargs="+",
+        metavar="NAME[:WEIGHT]",
+    )
     evaluate: tuple[str, ...] = setting(
-        (), "rewards to record without optimizing them: the most reliable sign of reward hacking", basic="rewards to record, not to climb: they show reward hacking",
-        nargs="+", metavar="NAME",
-    )  # fmt: skip
+        (),
+        "rewards to record without optimizing them: the most reliable sign of reward hacking",
+        basic="rewards to record, not to climb: they show reward hacking",
+        nargs="+",
+        metavar="NAME",
+    )
 
     def check(self):
         if not self.objective:
@@ -216,12 +269,16 @@ class Memory(Group):
         "memory against time, never the result: none keeps every step's graph (fastest), partial as many as fit, step "
         "recomputes one step at a time, block also each block within it (least memory); auto: the fastest that fits "
         "well. Out of memory, it falls back to the next plan that uses less, in the same iteration",
-        basic="memory against time; auto: the fastest that fits", changeable=True, choices=CHECKPOINTING,
-    )  # fmt: skip
-    split_guidance: bool = setting(
-        False, "run the two halves of the guidance one after the other: less memory, a little more time", basic="less memory, a little more time",
+        basic="memory against time: auto, none, partial, step or block",
         changeable=True,
-    )  # fmt: skip
+        choices=CHECKPOINTING,
+    )
+    split_guidance: bool = setting(
+        False,
+        "run the two halves of the guidance one after the other: less memory, a little more time",
+        basic="less memory, a little more time",
+        changeable=True,
+    )
     compile: bool = setting(
         False, "torch.compile the network's blocks: a slow first iteration, faster ones after it", changeable=True
     )
@@ -250,11 +307,14 @@ class Output(Group):
     output: str | None = setting(
         "output", "folder that the run's own folder is made in", basic="folder for the run's folder", metavar="DIR"
     )
-    save_every: int = setting(1, "save every n-th iteration's image", basic="save every n-th iteration's image", changeable=True, least=1, metavar="N")
+    save_every: int = setting(1, "save every n-th iteration's image", changeable=True, least=1, metavar="N")
     checkpointing_steps: int = setting(
-        10, "iterations from one checkpoint to the next; one is written on a stop too", changeable=True, least=1,
+        10,
+        "iterations from one checkpoint to the next; one is written on a stop too",
+        changeable=True,
+        least=1,
         metavar="N",
-    )  # fmt: skip
+    )
     checkpoints_total_limit: int = setting(2, "keep the newest N checkpoints", changeable=True, least=1, metavar="N")
     report_to: tuple[str, ...] = setting(
         (), "trackers to send metrics and images to", changeable=True, nargs="+", choices=TRACKERS
@@ -265,8 +325,10 @@ class Output(Group):
     timeout: float = setting(
         600.0,
         "with several processes: end them all when one does not answer for this long; above the slowest reward's time",
-        changeable=True, above=0, metavar="SECONDS",
-    )  # fmt: skip
+        changeable=True,
+        above=0,
+        metavar="SECONDS",
+    )
 
     def check(self):
         for name in self.report_to:

@@ -137,7 +137,9 @@ def _prompts(file, settings):
     try:
         lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {file} cannot be read: {error}; expected a text file, one prompt per line") from error
+        raise UserError(
+            f"--prompts {file} cannot be read: {error}; expected a text file, one prompt per line"
+        ) from error
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
         raise UserError(f"--prompts {file} has no prompt in it; expected one per line")

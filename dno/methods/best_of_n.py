@@ -34,22 +34,42 @@ SHOWN = 16  # candidates on the contact sheet
 class Candidates(Group):
     title: ClassVar[str] = "candidates"
 
-    num_candidates: int = setting(64, "N: noises that are tried for each image", basic="noises that are tried for each image", least=1, metavar="N")
+    num_candidates: int = setting(
+        64,
+        "N: noises that are tried for each image",
+        basic="noises that are tried for each image",
+        least=1,
+        metavar="N",
+    )
     candidates_per_iteration: int = setting(
-        8, "how many of them one iteration tries; a search moves on after each iteration", basic="how many of them one iteration tries", least=1,
+        8,
+        "how many of them one iteration tries; a search moves on after each iteration",
+        basic="how many of them one iteration tries",
+        least=1,
         metavar="M",
-    )  # fmt: skip
+    )
     batch_per_device: int = setting(
-        4, "candidates that one process renders at once, at most", basic="candidates that one process renders at once", changeable=True, least=1, metavar="B"
+        4,
+        "candidates that one process renders at once, at most",
+        basic="candidates that one process renders at once",
+        changeable=True,
+        least=1,
+        metavar="B",
     )
     search: str = setting(
-        "none", "none: independent draws. neighbours: draws around the best so far (zero-order search)", basic="neighbours: draw around the best so far",
+        "none",
+        "none: independent draws. neighbours: draws around the best so far (zero-order search)",
+        basic="none, or neighbours: draw around the best so far",
         choices=("none", "neighbours"),
-    )  # fmt: skip
+    )
     rho: float = setting(
-        0.3, "distance of a neighbour: 0 is the best so far itself, 1 an independent draw", basic="distance of a neighbour, 0 to 1", above=0, most=1,
+        0.3,
+        "distance of a neighbour: 0 is the best so far itself, 1 an independent draw",
+        basic="distance of a neighbour, 0 to 1",
+        above=0,
+        most=1,
         metavar="X",
-    )  # fmt: skip
+    )
 
 
 class BestOfN(Method):
@@ -195,7 +215,9 @@ class Ranking(State):
     def ranked(self, b, ks, scores, images):
         """What is shown of image b when these candidates, (M, 3, H, W), are there too."""
         new = [
-            (score, k, pixels) for score, k, pixels in zip(scores.tolist(), ks, to_uint8(images)) if math.isfinite(score)
+            (score, k, pixels)
+            for score, k, pixels in zip(scores.tolist(), ks, to_uint8(images))
+            if math.isfinite(score)
         ]
         return sorted([*self.shown[b], *new], key=lambda entry: (-entry[0], entry[1]))[:SHOWN]
 

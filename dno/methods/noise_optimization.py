@@ -36,22 +36,29 @@ class Optimization(Group):
     title: ClassVar[str] = "optimization"
 
     opt_steps: int = setting(
-        100, "iterations; iteration 0 measures the image without alignment", basic="iterations; iteration 0 is the image without alignment", changeable=True, least=1,
+        100,
+        "iterations; iteration 0 measures the image without alignment",
+        basic="iterations; iteration 0 is the image without alignment",
+        changeable=True,
+        least=1,
         metavar="N",
-    )  # fmt: skip
+    )
     opt_time: int | None = setting(
         None,
         "K: only the noises of the last K + 1 steps are optimized, and backpropagation stops there; "
         "default: num_steps, all of them",
-        basic="optimize the noises of the last K + 1 steps; default: all", least=1, metavar="K",
-    )  # fmt: skip
+        basic="optimize the noises of the last K + 1 steps; default: all",
+        least=1,
+        metavar="K",
+    )
     lr: float = setting(0.01, "step size of the noise", basic="step size of the noise", above=0, metavar="X")
     optimizer: str = setting("adamw", "adamw, or sgd with Nesterov momentum 0.9", choices=OPTIMIZERS)
     weight_decay: float = setting(
         0.0,
         "shrinks the noise by lr * this per iteration, out of the Gaussian's typical set; the official code has 0.01",
-        least=0, metavar="X",
-    )  # fmt: skip
+        least=0,
+        metavar="X",
+    )
     max_grad_norm: float = setting(1.0, "clip each image's gradient to this norm", above=0, metavar="X")
     precondition: str = setting(
         "none",
@@ -90,10 +97,14 @@ class Optimization(Group):
 class Regularization(Group):
     title: ClassVar[str] = "regularization"
 
-    gamma: float = setting(0.0, "weight of the probability regularizer; 0 = none", basic="weight of the probability regularizer; 0 = none", least=0, metavar="X")
-    permutations: int = setting(
-        100, "random permutations that the regularizer averages over", least=1, metavar="N"
+    gamma: float = setting(
+        0.0,
+        "weight of the probability regularizer; 0 = none",
+        basic="weight of the probability regularizer; 0 = none",
+        least=0,
+        metavar="X",
     )
+    permutations: int = setting(100, "random permutations that the regularizer averages over", least=1, metavar="N")
 
 
 @dataclass(frozen=True)
@@ -104,28 +115,44 @@ class EstimationSettings(Group):
         "backprop",
         "where the gradient comes from. backprop: the reward's own. For any reward, from perturbed samples: hybrid "
         "perturbs the noise and uses the model's Jacobian, hybrid_image perturbs the image instead, zo has no Jacobian",
-        basic="hybrid, zo, ...: for rewards without a gradient", choices=("backprop", *ESTIMATORS),
-    )  # fmt: skip
-    mu: float = setting(0.01, "standard deviation of the perturbations", basic="size of the perturbations", above=0, metavar="X")
+        basic="backprop; for rewards without a gradient hybrid, hybrid_image or zo",
+        choices=("backprop", *ESTIMATORS),
+    )
+    mu: float = setting(
+        0.01, "standard deviation of the perturbations", basic="size of the perturbations", above=0, metavar="X"
+    )
     num_samples: int = setting(
-        16, "q: perturbed samples per iteration and image, over all processes", basic="perturbed samples per iteration and image", least=1, metavar="Q"
+        16,
+        "q: perturbed samples per iteration and image, over all processes",
+        basic="perturbed samples per iteration and image",
+        least=1,
+        metavar="Q",
     )
     batch_per_device: int = setting(
-        4, "samples, or candidates, that one process renders at once, at most", basic="samples that one process renders at once", changeable=True, least=1,
+        4,
+        "samples, or candidates, that one process renders at once, at most",
+        basic="samples that one process renders at once",
+        changeable=True,
+        least=1,
         metavar="B",
-    )  # fmt: skip
+    )
     antithetic: bool = setting(
         False, "perturb in pairs, z + mu xi and z - mu xi: less variance where the reward is curved"
     )
     backprop_cost: float = setting(
         3.0,
         "what the first process does in addition to its samples, in samples per image; it gets that many fewer",
-        changeable=True, least=0, metavar="SAMPLES",
-    )  # fmt: skip
+        changeable=True,
+        least=0,
+        metavar="SAMPLES",
+    )
     max_bad_samples: int = setting(
-        10, "end the run after this many consecutive samples without a finite reward", changeable=True, least=1,
+        10,
+        "end the run after this many consecutive samples without a finite reward",
+        changeable=True,
+        least=1,
         metavar="N",
-    )  # fmt: skip
+    )
 
     def check(self):
         if self.antithetic and self.num_samples % 2:
@@ -176,25 +203,23 @@ class NoiseOptimization(Method):
 
     def blank(self):
         task = self.task
-        noise = torch.zeros(
-            self.settings.num_steps + 1, *task.latent_shape, device=task.device, dtype=task.state_dtype
-        )
+        noise = torch.zeros(self.settings.num_steps + 1, *task.latent_shape, device=task.device, dtype=task.state_dtype)
         return self._state(noise)
 
     def start(self):
         """From the given noise, each image's own draw, or the best of several draws."""
         noise = self.task.given_noise()
         if noise is None:
-            noise = self.task.draw() if self.settings.best_of == 1 else best_candidates(self.task, self.settings.best_of)
+            noise = (
+                self.task.draw() if self.settings.best_of == 1 else best_candidates(self.task, self.settings.best_of)
+            )
         return self._state(noise)
 
     def _state(self, noise):
         settings = self.settings
 
         def optimizer(params):
-            return make_optimizer(
-                params, settings.optimizer, settings.lr, settings.weight_decay, settings.precondition
-            )
+            return make_optimizer(params, settings.optimizer, settings.lr, settings.weight_decay, settings.precondition)
 
         z, rest = self.split.split(noise)
         return NoiseState(z, rest, optimizer, decays=settings.weight_decay > 0)

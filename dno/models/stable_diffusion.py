@@ -134,7 +134,9 @@ class StableDiffusion(TextToImage):
 
     def _encode(self, prompts, negatives, guided):
         positive, negative = self._embed(prompts, negatives, guided)
-        return {"encoder_hidden_states": positive}, negative if negative is None else {"encoder_hidden_states": negative}
+        return {"encoder_hidden_states": positive}, negative if negative is None else {
+            "encoder_hidden_states": negative
+        }
 
     def _embed(self, prompts, negatives, guided):
         """What the pipeline's own `encode_prompt` returns, in the network's precision."""

@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import time
-import warnings
 import weakref
 from importlib import metadata
 from pathlib import Path

@@ -20,7 +20,8 @@ class Screen:
         others = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
         rows = {
             "model": f"{run['model']} ({run['prediction_type']}), {size}, {run['precision']} on {run['device']}",
-            "prompt": f"{prompts[0]!r}{others}" + (f", not {run['negative_prompt']!r}" if run["negative_prompt"] else ""),
+            "prompt": f"{prompts[0]!r}{others}"
+            + (f", not {run['negative_prompt']!r}" if run["negative_prompt"] else ""),
             "reward": run["climbs"] + (f"; watching {', '.join(run['watched'])}" if run["watched"] else ""),
             "sampling": f"{run['num_steps']} steps, eta {run['eta']:g}, guidance {run['guidance_scale']:g}, "
             f"seed {run['seed']}, {images}",
