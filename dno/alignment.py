@@ -46,7 +46,7 @@ class Alignment:
 
 def align(
     model=None, *, method=None, noise=None, callback=None, output=None, resume=None, config=None, folder=None,
-    draw=True, screen=None, prefix=None, team=None, loaded=None, **settings,
+    screen=None, prefix=None, team=None, loaded=None, **settings,
 ):  # fmt: skip
     """Align images with a reward by a method, and return the best of them as an `Alignment`.
 
@@ -65,7 +65,6 @@ def align(
     settings: any other setting of the method; the flags have the same names. `prompt` may be a list, one per image;
         `objective` a name, a list of names, or a dict of weights by name. The settings of the reward models,
         `reward_paths` among them, replace what `rewards.configure` was told.
-    draw: whether evolution.png and evolution.gif are drawn at the end.
     screen, prefix, team, loaded: for the command line and sweeps: what to show, the folder's name, the processes that
         share the work (each calls `align`; all but the first get None), and a `dno.task.Loaded` to share.
 
@@ -99,7 +98,7 @@ def align(
             f"{team.size} processes and one run; give --prompts or --seeds, which are shared out to them, or "
             "a method that shares its work, such as --estimator hybrid"
         )
-    recorder = Recorder(settings, method, checkpoint, screen, callback, draw_run if draw else None)
+    recorder = Recorder(settings, method, checkpoint, screen, callback, draw_run)
     # Whatever the caller has switched off, gradients are needed here.
     with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
         stack.callback(recorder.close)

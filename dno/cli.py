@@ -256,10 +256,11 @@ def _help(text, default):
     """The help text of a flag, with its default unless the text says it or there is none."""
     if text is None:
         return argparse.SUPPRESS
-    shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
-    text = text.replace("%", "%%")
-    return text if shown in (None, "", False) and shown != 0 or shown is False or "default" in text else (
-        f"{text} [{str(shown).replace('%', '%%')}]")  # fmt: skip
+    shown = "on" if default is True else default
+    shown = " ".join(map(str, shown)) if isinstance(shown, list | tuple) else shown
+    if shown is None or shown is False or shown == "" or "default" in text:
+        return text.replace("%", "%%")
+    return f"{text} [{shown}]".replace("%", "%%")
 
 
 def _argument(hint, more):

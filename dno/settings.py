@@ -308,6 +308,7 @@ class Output(Group):
         "output", "folder that the run's own folder is made in", basic="folder for the run's folder", metavar="DIR"
     )
     save_every: int = setting(1, "save every n-th iteration's image", changeable=True, least=1, metavar="N")
+    draw: bool = setting(True, "draw evolution.png and evolution.gif at the end", changeable=True)
     checkpointing_steps: int = setting(
         10,
         "iterations from one checkpoint to the next; one is written on a stop too",

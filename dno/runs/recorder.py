@@ -22,7 +22,7 @@ class Recorder:
     """`open`, then `begin`, then `record` for each iteration, then `finish`; `close` always.
 
     screen: a `dno.runs.screen.Screen`, or None. callback: called with each line of metrics.jsonl as a dict; True stops
-    the run, which keeps its result. draw: folder -> None, draws what is drawn of a finished run; None draws nothing.
+    the run, which keeps its result. draw: folder -> None, draws what `settings.draw` asks for.
 
     metrics: one dict per iteration. best: a `Best` per image. done: whether the callback, or a rule, ended the run.
     """
@@ -227,7 +227,7 @@ class Recorder:
     # End
 
     def finish(self, result):
-        """Write that the run came to its end, and draw it."""
+        """Write that the run came to its end."""
         self.save()
         if self.folder is not None:
             self.folder.write_result(result)
@@ -242,7 +242,7 @@ class Recorder:
             if self.metrics:
                 for b, entries in self.gallery.items():
                     self.folder.save_gallery(entries, b)
-                if self.draw:
+                if self.draw and self.settings.draw:
                     self.draw(self.folder.folder)
             else:
                 self.folder.discard()
