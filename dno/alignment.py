@@ -90,9 +90,8 @@ def align(
     else:
         method, asked = configured(config, method, settings)
         method = method_class(method)
-        settings = make_settings(method, {"output": None, **asked})
-        asked = asdict(settings) | asked
-        settings = settings.resolve()
+        settings = make_settings(method, {"output": None, **asked}).typed()
+        asked, settings = asdict(settings), settings.resolve()
     if team is not None and team.size > 1 and not method.shares_work(settings):
         raise UserError(
             f"{team.size} processes and one run; give --prompts or --seeds, which are shared out to them, or "

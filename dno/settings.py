@@ -353,9 +353,13 @@ class Settings:
         """The names of the settings that a resumed run may change."""
         return [f.name for f in fields(cls) if f.metadata["changeable"]]
 
+    def typed(self):
+        """These settings in the types of their hints: a list as a tuple, a path as text. Raises UserError."""
+        return replace(self, **{f.name: _typed(self, f) for f in fields(self)})
+
     def resolve(self):
         """These settings, checked, with the model's and the method's own values filled in. Raises UserError."""
-        settings = replace(self, **{f.name: _typed(self, f) for f in fields(self)})
+        settings = self.typed()
         for group in self.groups():
             settings = replace(settings, **group.resolved(settings))
         for f in fields(settings):
