@@ -389,12 +389,3 @@ def _save(image: Image.Image, path: Path, **options) -> None:
     data = io.BytesIO()
     image.save(data, **options)
     write_whole(path, data.getvalue())
-
-
-def draw_run(folder) -> None:
-    """evolution.png and evolution.gif. A figure that fails is a warning: the results are on disk already."""
-    for name, draw in (("evolution.png", evolution_sheet), ("evolution.gif", evolution_gif)):
-        try:
-            draw(folder)
-        except Exception as error:
-            warnings.warn(f"{name} could not be drawn: {type(error).__name__}: {error}", stacklevel=2)
