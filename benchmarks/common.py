@@ -14,8 +14,7 @@ import torch  # noqa: E402
 from dno.models.loading import load_model  # noqa: E402
 from dno.models.quiet import quiet  # noqa: E402
 from dno.models.specs import model_spec, resolve_device, resolve_precision  # noqa: E402
-from dno.models.stable_diffusion import StableDiffusion  # noqa: E402
-from dno.models.stable_diffusion_xl import StableDiffusionXL  # noqa: E402
+from dno.models.stable_diffusion import StableDiffusion, StableDiffusionXL  # noqa: E402
 
 # The sizes in the published configurations of Stable Diffusion 1.5 and of SDXL base; what is left out is the default.
 SD15_UNET = {
@@ -97,16 +96,16 @@ class _Wordless:
     def _check(self, pipe):
         StableDiffusion._check(self, pipe)  # SDXL's own looks at the text encoders
 
-    def _encode(self, prompts, negative_prompt, guided):
+    def _embed(self, prompts, negatives, guided):
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape):
             return torch.randn(len(prompts), *shape, generator=generator).to(self.device, self.dtype)
 
-        width = self.unet.config.cross_attention_dim
+        width = self.network.config.cross_attention_dim
         embeddings = [random(self.words, width), random(self.words, width)]
-        embeddings += [random(self.pooled), random(self.pooled)] if self.pooled else [None, None]
-        return embeddings if guided else [embeddings[0], None, embeddings[2], None]
+        embeddings += [random(self.pooled), random(self.pooled)] if self.pooled else []
+        return embeddings if guided else [None if i % 2 else e for i, e in enumerate(embeddings)]
 
 
 class WordlessStableDiffusion(_Wordless, StableDiffusion):
@@ -116,7 +115,7 @@ class WordlessStableDiffusion(_Wordless, StableDiffusion):
 class WordlessStableDiffusionXL(_Wordless, StableDiffusionXL):
     @property
     def pooled(self):
-        config = self.unet.config
+        config = self.network.config
         return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
 

@@ -194,7 +194,7 @@ def built(job, dtype):
         forget()
         model = random_model(job.architecture, dtype, resolve_device(job.device))
         if "channels_last" in job.tuning:
-            model.unet.to(memory_format=torch.channels_last)
+            model.network.to(memory_format=torch.channels_last)
             model.vae.to(memory_format=torch.channels_last)
         torch.backends.cudnn.benchmark = "cudnn_benchmark" in job.tuning
         if job.compiled:
@@ -257,8 +257,8 @@ def _measure_official(job, model, precision):
     for iteration in range(1 + job.iterations):
         with autocast:
             x, *z = reversed(noise.unbind())
-            for i, timestep in enumerate(schedule.timesteps):
-                x0, eps = checkpoint(denoise, x, timestep, use_reentrant=False)
+            for i, point in enumerate(schedule):
+                x0, eps = checkpoint(denoise, x, point, use_reentrant=False)
                 x = step(x0, eps, z[i], schedule, i, ETA)
                 with torch.no_grad():
                     model.decode(x)
@@ -277,7 +277,7 @@ def _guided_call(model, conditioning, schedule, size):
     x = torch.randn(model.latent_shape(1, size, size), device=model.device)
 
     def guided_call(index):
-        model.denoise(x, schedule.timesteps[index], conditioning, GUIDANCE_SCALE)
+        model.denoise(x, schedule[index], conditioning, GUIDANCE_SCALE)
 
     return guided_call
 
@@ -311,7 +311,7 @@ def count_flops(architecture, size, device="meta"):
     conditioning = model.encode_prompts(["white duck"])
     x = torch.zeros(model.latent_shape(1, size, size), device=device, requires_grad=True)
     functions = {
-        "call": lambda: model.denoise(x, 500, conditioning, GUIDANCE_SCALE)[1],
+        "call": lambda: model.denoise(x, model.point(500), conditioning, GUIDANCE_SCALE)[1],
         "decode": lambda: model.decode(x),
     }
     counted = {}

@@ -72,8 +72,8 @@ def iterations(model, args, checkpointing):
         parts = {part: watch.seconds[part] for part in PARTS}
         synchronize(model.device)
         start = time.perf_counter()
-        for timestep in schedule.timesteps:
-            model.denoise(x, timestep, conditioning, settings["guidance_scale"])
+        for point in schedule:
+            model.denoise(x, point, conditioning, settings["guidance_scale"])
         synchronize(model.device)
         call = (time.perf_counter() - start) / schedule.num_steps
         measured.append({**parts, "iteration": metrics["seconds"], "call": call})

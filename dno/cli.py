@@ -1,7 +1,6 @@
-"""The command line of the scripts, made of `dno.settings.Settings`."""
+"""The command line: flags made of the settings of a method, exit codes, signals."""
 
 import argparse
-import copy
 import functools
 import shlex
 import signal
@@ -10,128 +9,135 @@ import textwrap
 import warnings
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args, get_type_hints
+from types import UnionType
+from typing import Union, get_args, get_origin, get_type_hints
 
 from dno.errors import UserError
-from dno.settings import Settings
+from dno.methods import method_class
 from rewards import MODELS, RFUNCTIONS
 
 # Exit codes: 2 bad input (argparse's own), 130 Ctrl-C, 143 SIGTERM: 128 + the signal's number, as shells have it.
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 
-# Flags of the command line alone: (help, keywords of add_argument).
+# Flags of the command line alone: (help, its short form for -h, keywords of add_argument).
 RUN_FLAGS = {
-    "prompts": (
-        "one run for each line of this file, instead of --prompt; the same command again goes on with what is missing",
-        {"metavar": "FILE"},
-    ),
-    "seeds": ("one run for each of these seeds, instead of --seed", {"metavar": "SEED", "type": int, "nargs": "+"}),
     "resume": (
-        "go on with the run in this folder, in place; its flags are the run's, and those that change no result (such "
-        "as --opt_steps) may be given anew",
+        "resume the run in this folder, in place; its flags are the run's, and those that change no result (such as "
+        "--opt_steps) may be changed",
+        "resume the run in this folder",
         {"metavar": "RUN_FOLDER"},
     ),
-}
+    "config": (
+        "start with the settings of this args.json, of any run; flags that are given besides win",
+        "settings of an args.json; flags given besides win",
+        {"metavar": "FILE"},
+    ),
+    "prompts": (
+        "one run per line of this file, instead of --prompt; repeat the command to resume what is missing",
+        "one run per line of this file",
+        {"metavar": "FILE"},
+    ),
+    "seeds": (
+        "one run per seed, instead of --seed", "one run per seed", {"metavar": "SEED", "type": int, "nargs": "+"}
+    ),
+}  # fmt: skip
 
-EXIT_CODES = "exit codes: 0 done, 2 bad input or a fault that the one-line message names, 130 Ctrl-C, 143 SIGTERM"
+EXIT_CODES = "exit codes: 0 done, 2 bad input or a reported error, 130 Ctrl-C, 143 SIGTERM"
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, raised like Ctrl-C so that the run closes its files in the same way."""
 
 
-def build_parser(description, defaults):
-    """One flag for each setting, in groups. defaults: the script's own, by setting name."""
-    summary, commands = description.strip().split("\n\n", 1)
-    rewards = ", ".join(
-        name + ("" if getattr(factory, "differentiable", True) else " (no gradient: --estimator hybrid)")
-        for name, factory in RFUNCTIONS.items()
-    )
-    rewards = f"rewards: {rewards}, or a loss factory of your own as FILE.py:FUNCTION"
+def build_parser(method, description=None, presets=None, everything=False):
+    """The parser of a method's flags, which holds what is given and nothing else.
+
+    description: a summary line, a blank line, and the commands to try. presets: the script's own defaults, by setting.
+    everything: `-h` shows all flags in their groups, not the basic ones alone.
+    """
+    cls, presets = method.settings_class(), {**method.presets, **(presets or {})}
+    summary, _, commands = (description or _describe(method)).strip().partition("\n\n")
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags]",
-        description=summary,
-        epilog=f"{textwrap.fill(rewards, 100)}\n\n{commands}\n\n{EXIT_CODES}",
-        formatter_class=_Help,
-        allow_abbrev=False,
-    )
-    types = get_type_hints(Settings)
-    groups = {}
-    for setting in fields(Settings):
-        group = setting.metadata["group"]
-        if group is None:
-            continue
-        groups[group] = groups.get(group) or parser.add_argument_group(group)
-        kind = types[setting.name]
-        groups[group].add_argument(
-            f"--{setting.name}",
-            default=defaults.get(setting.name, setting.default),
-            help=setting.metadata["help"].replace("%", "%%"),
-            **({"action": "store_true"} if kind is bool else {"type": _value_type(kind)}),
-            **setting.metadata["argument"],
-        )
-    for model in MODELS.values():
-        groups["reward models"].add_argument(f"--{model.setting}", metavar="PATH", help=model.help)
-    group = parser.add_argument_group("several runs, and runs gone on with")
-    for name, (help, argument) in RUN_FLAGS.items():
-        group.add_argument(f"--{name}", help=help, **argument)
+        usage="%(prog)s [flags]", description=summary, epilog=_epilog(commands), formatter_class=_Help,
+        allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False,
+    )  # fmt: skip
+    hints = get_type_hints(cls)
+    basic = None if everything else parser.add_argument_group("flags")
+    for group in cls.groups():
+        place = basic or parser.add_argument_group(group.title)
+        for f in fields(group):
+            if hints[f.name] is not dict:
+                default = presets.get(f.name, f.default)
+                text = _help(f.metadata["help"] if everything else f.metadata["basic"], default)
+                argument = _argument(hints[f.name], f.metadata["argument"])
+                if not everything and "choices" in argument:
+                    argument["metavar"] = "NAME"
+                place.add_argument(f"--{f.name}", help=text, **argument)
+        if group.title == "reward models":
+            for model in MODELS.values():
+                text = model.help if everything else argparse.SUPPRESS
+                place.add_argument(f"--{model.setting}", metavar="PATH", help=text)
+    place = basic or parser.add_argument_group("multiple runs and resuming")
+    for name, (help, brief, argument) in RUN_FLAGS.items():
+        place.add_argument(f"--{name}", help=help if everything else brief, **argument)
+    place.add_argument("-h", "--help", action="help", help="show the basic flags")
+    place.add_argument("--help_all", action=_HelpAll, build=functools.partial(
+        build_parser, method, description, presets, everything=True), help="show every flag, with all that it does",
+    )  # fmt: skip
     return parser
 
 
 def parse(parser, arguments=None):
-    """The flags: (keywords of `Settings`, which of them were given, the values of RUN_FLAGS)."""
-    flags = vars(parser.parse_args(arguments))
-    given = set(vars(_without_defaults(parser).parse_args(arguments)))
-    run = {name: flags.pop(name) for name in RUN_FLAGS}
-    paths = {model.setting: flags.pop(model.setting) for model in MODELS.values()}
-    if given & paths.keys():
-        given.add("reward_paths")
-    flags["reward_paths"] = {name: path for name, path in paths.items() if path}
-    return flags, given & flags.keys(), run
+    """What the flags say: (settings by name, as given; the values of RUN_FLAGS)."""
+    given = vars(parser.parse_args(arguments))
+    run = {name: given.pop(name, None) for name in RUN_FLAGS}
+    paths = {model.setting: given.pop(model.setting) for model in MODELS.values() if model.setting in given}
+    if paths:
+        given["reward_paths"] = {name: path for name, path in paths.items() if path}
+    return given, run
 
 
-def _without_defaults(parser):
-    parser = copy.deepcopy(parser)
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return parser
-
-
-def main(description, prefix, **defaults):
+def main(description, prefix, method="dno", **presets):
     """Run a script: flags in, an exit code out.
 
     description: the script's docstring: a summary line, then the commands to try.
-    prefix: of the run folder's name.
+    prefix: of the run folder's name. presets: the script's own defaults of settings.
     """
-    settings, given, run = parse(build_parser(description, defaults))
+    run_method(method, None, description, prefix, presets)
+
+
+def run_method(name, arguments=None, description=None, prefix=None, presets=None):
+    """Run a method by its name, as `main` and `python -m dno` do. arguments: None for those of the command line."""
+    method = method_class(name)
+    given, run = parse(build_parser(method, description, presets), arguments)
     warnings.showwarning = _show_warning
-    work = _Work(settings, given, run, prefix)
-    signal.signal(signal.SIGTERM, work.interrupt)
+    command = _Command(method, given, run, prefix or method.prefix, presets or {})
+    signal.signal(signal.SIGTERM, command.interrupt)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # ignored for jobs in the background of a shell
-        signal.signal(signal.SIGINT, work.interrupt)
+        signal.signal(signal.SIGINT, command.interrupt)
     try:
-        work.check()  # before the libraries, which take seconds to import
-        work.run()
+        command.check()  # before the libraries, which take seconds to import
+        command.run()
     except UserError as error:
-        work.end(f"error: {error}", BAD_INPUT)
+        command.end(f"error: {error}", BAD_INPUT)
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, Terminated)
-        work.end(f"stopped by {'SIGTERM' if terminated else 'Ctrl-C'}", TERMINATED if terminated else INTERRUPTED)
+        command.end(f"stopped by {'SIGTERM' if terminated else 'Ctrl-C'}", TERMINATED if terminated else INTERRUPTED)
     except BaseException as error:
-        if work.team:
-            work.team.failed(f"{type(error).__name__}: {error}")
+        if command.team:
+            command.team.failed(f"{type(error).__name__}: {error}")
         raise
     finally:
-        if work.team:
-            work.team.close()
+        if command.team:
+            command.team.close()
 
 
-class _Work:
-    """What a command line asks for: one run, a run gone on with, or several."""
+class _Command:
+    """What a command line asks for: one run, a resumed run, or several."""
 
-    def __init__(self, settings, given, run, prefix):
-        self.settings, self.given, self.prefix = settings, given, prefix
-        self.prompts, self.seeds, self.resume = run["prompts"], run["seeds"], run["resume"]
+    def __init__(self, method, given, run, prefix, presets):
+        self.method, self.given, self.prefix, self.presets = method, given, prefix, presets
+        self.prompts, self.seeds, self.resume, self.config = (run[n] for n in ("prompts", "seeds", "resume", "config"))
         self.screen, self.team, self.stop = None, None, None
 
     def interrupt(self, number, frame):
@@ -145,13 +151,26 @@ class _Work:
             raise self.stop
 
     def check(self):
+        from dno.alignment import configured, make_settings
+
         if self.resume is None:
-            return Settings(**self.settings).resolve()
-        if self.prompts or self.seeds:
+            if self.config is None:
+                self.settings = {**self.presets, **self.given}
+            else:
+                _, self.settings = configured(self.config, self.method.name, self.given)
+            self.known = make_settings(self.method, self.settings).resolve()
+        elif self.prompts or self.seeds or self.config:
             raise UserError(
-                "--resume goes on with one run; to go on with several, repeat the command of --prompts or --seeds"
+                "--resume is for one run, which has its settings; to resume several, repeat the command of --prompts "
+                "or --seeds"
             )
-        self.settings = {name: value for name, value in self.settings.items() if name in self.given}
+        else:
+            from dno.resume import resumed
+
+            self.settings = self.given
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # `align` says it
+                _, _, self.known, _ = resumed(self.resume, self.given, self.method.name)
 
     def run(self):
         from dno.alignment import align
@@ -159,26 +178,19 @@ class _Work:
         from dno.sweep import sweep
         from dno.team import join_team
 
-        known = self._run_settings()
-        self.team = join_team(known["device"], known["timeout"])
+        self.team = join_team(self.known.device, self.known.timeout)
         if not self.team.leads:
             warnings.showwarning = functools.partial(_show_warning, rank=self.team.rank)
         if self.prompts or self.seeds:
-            return sweep(self.settings, self.prompts, self.seeds, self.prefix, self.team, self.insist)
+            return sweep(self.method, self.settings, self.prompts, self.seeds, self.prefix, self.team, self.insist)
         self.screen = Screen() if self.team.leads else None
-        common = {"screen": self.screen, "team": self.team, "callback": self.insist}
-        align(**self.settings, prefix=self.prefix, resume=self.resume, **common)
-
-    def _run_settings(self):
-        """The flags, and on --resume the run's own where none are given."""
-        if self.resume is None:
-            return self.settings
-        from dno.resume import newest
-
-        return {**newest(self.resume, report=lambda line: None).state["settings"], **self.settings}
+        align(
+            **self.settings, method=self.method.name, prefix=self.prefix, resume=self.resume, screen=self.screen,
+            team=self.team, callback=self.insist,
+        )  # fmt: skip
 
     def end(self, why, code):
-        """Say why, what is left and how to go on, and exit."""
+        """Say why, what is left and how to resume, and exit."""
         other = self.team and self.team.cause()
         if self.team:
             self.team.failed(why)
@@ -191,33 +203,104 @@ class _Work:
 
     def _what_is_kept(self):
         if self.prompts or self.seeds:
-            return "; the same command goes on with what is missing"
+            return "; repeat the command to resume what is missing"
         folder = self.screen and self.screen.folder
-        if not folder or not Path(folder).is_dir():  # gone where nothing was found
+        if not folder or not Path(folder).is_dir():  # gone if nothing was found
             return ""
         if not (Path(folder) / "checkpoints").is_dir():
-            return f"; what was found is in {folder}"
-        command = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}"
-        return f"; what was found is in {folder}, to go on:\n  {command}"
+            return f"; partial results are in {folder}"
+        script = sys.argv[0]
+        program = "-m dno" if script.endswith("__main__.py") else shlex.quote(script)
+        return f"; partial results are in {folder}; to resume:\n  python {program} --resume {shlex.quote(str(folder))}"
+
+
+def fail(why, code):
+    """End with one line on standard error."""
+    print(f"error: {why}", file=sys.stderr)
+    sys.exit(code)
+
+
+# Help
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Keep the commands' lines as they are, and say each default once."""
+    """Keep the commands' lines as they are, and say each flag in few words."""
 
     def __init__(self, prog):
-        super().__init__(prog, max_help_position=28, width=100)
+        super().__init__(prog, max_help_position=36, width=116)
 
-    def _get_help_string(self, action):
-        shown = action.default if not isinstance(action.default, list | tuple) else " ".join(map(str, action.default))
-        if shown is None or shown is False or shown in ("", argparse.SUPPRESS) or "default" in action.help:
-            return action.help
-        return f"{action.help} [{shown}]"
+    def _format_action_invocation(self, action):
+        if isinstance(action, _Switch):  # all of them have an off, which the end of the help says
+            return action.option_strings[0]
+        return super()._format_action_invocation(action)
+
+    def _format_args(self, action, default_metavar):
+        if action.nargs == "+":
+            return f"{self._metavar_formatter(action, default_metavar)(1)[0]} ..."
+        return super()._format_args(action, default_metavar)
 
 
-def _value_type(hint):
-    """The type of one value of a setting: of `int | None` int, of `tuple[str, ...] | None` str."""
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-    return _value_type(kinds[0]) if kinds else hint
+class _HelpAll(argparse.Action):
+    def __init__(self, *args, build, **kwargs):
+        super().__init__(*args, nargs=0, **kwargs)
+        self.build = build
+
+    def __call__(self, parser, *_):
+        full = self.build()
+        full.prog = parser.prog
+        full.print_help()
+        parser.exit()
+
+
+def _help(text, default):
+    """The help text of a flag, with its default unless the text says it or there is none."""
+    if text is None:
+        return argparse.SUPPRESS
+    shown = "on" if default is True else default
+    shown = " ".join(map(str, shown)) if isinstance(shown, list | tuple) else shown
+    if shown is None or shown is False or shown == "" or "default" in text:
+        return text.replace("%", "%%")
+    return f"{text} [{shown}]".replace("%", "%%")
+
+
+def _argument(hint, more):
+    """The keywords of `add_argument` for a setting of this type."""
+    if hint is bool:
+        return {"action": _Switch, **more}
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    optional = type(None) in kinds
+    kind = kinds[0]
+    kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
+    return {"type": _optional(kind) if optional and kind is not str and "nargs" not in more else kind, **more}
+
+
+def _optional(kind):
+    """A parser of one value, or of none, which unsets what a resumed run has."""
+
+    def convert(text):
+        return None if text == "none" else kind(text)
+
+    convert.__name__ = kind.__name__  # argparse names it in its message
+    return convert
+
+
+class _Switch(argparse.BooleanOptionalAction):
+    """--flag and --no-flag."""
+
+
+def _describe(method):
+    """The help's description of a method without a script: its title, and a command to try."""
+    return f"{method.title}.\n\ncommands to try:\n  python -m dno {method.name} --model sprites --objective sprites"
+
+
+def _epilog(commands):
+    rewards = ", ".join(
+        name + ("" if getattr(factory, "differentiable", True) else " (no gradient)")
+        for name, factory in RFUNCTIONS.items()
+    )
+    rewards = textwrap.fill(f"rewards: {rewards}, or your own loss factory as FILE.py:FUNCTION", 116)
+    switches = "switches have an off, such as --no-split_guidance; the value none unsets an optional number"
+    return f"{rewards}\n{switches}\n{EXIT_CODES}\n\n{commands}"
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None, rank=0):

@@ -135,24 +135,25 @@ def _bytes_or_inf(function):
 
 
 class LeanerOnDemand:
-    """A gradient source that, out of memory, tries the same again by the next leaner plan, and says so.
+    """A gradient source that, out of memory, computes the same again with the next plan that uses less, and says so.
 
-    source: (noise, images, step) -> estimate. user: has the `plan` in use, and `use(plan)` to change it.
+    source: called with any arguments, of which the last is the iteration. user: has the `plan` in use, and `use(plan)`
+    to change it.
     """
 
     def __init__(self, source, user):
         self.source, self.user, self.no_gradient = source, user, source.no_gradient
 
-    def __call__(self, noise, images, step=0):
+    def __call__(self, *arguments):
         while True:
             try:
-                return self.source(noise, images, step)
+                return self.source(*arguments)
             except Exception as error:
                 if not is_out_of_memory(error) or self.user.plan.leaner() is None:
                     raise
             # Outside of the except, where the error no longer holds the frames and with them the memory.
             plan = self.user.plan.leaner()
-            warnings.warn(f"iteration {step}: out of memory; going on with {plan.describe()}", stacklevel=2)
+            warnings.warn(f"iteration {arguments[-1]}: out of memory; falling back to {plan.describe()}", stacklevel=2)
             self.user.use(plan)
 
 

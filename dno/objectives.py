@@ -40,6 +40,12 @@ class Objective:
         return getattr(self.factory, "differentiable", True)
 
 
+def objective_texts(value):
+    if isinstance(value, dict):
+        return tuple(f"{name}:{weight}" for name, weight in value.items())
+    return value
+
+
 def parse_objective(text, zoo):
     """`NAME[:WEIGHT]` from the table `zoo`, or `path/to/file.py:function[:WEIGHT]` -> Objective. Raises UserError."""
     match = re.fullmatch(r"(?P<name>(?P<file>.+\.py):(?P<function>\w+)|[^:]+)(:(?P<weight>[^:]*))?", text)
@@ -108,6 +114,7 @@ class Losses:
         for objective in objectives:
             with _one_line(f"the reward {objective.name!r} could not be loaded"):
                 loss_fn = objective.factory(inference_dtype=inference_dtype, device=device)
+                self.files = {}
             if not callable(loss_fn):
                 raise UserError(
                     f"the factory of the reward {objective.name!r} gave {type(loss_fn).__name__}; expected a function "

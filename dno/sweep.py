@@ -1,4 +1,4 @@
-"""Several runs, one for each prompt and seed, on one process or shared out to many; started again, it goes on."""
+"""Sweeps: one run per prompt and seed, on one process or shared out to many; repeated, the command resumes them."""
 
 import hashlib
 import json
@@ -6,102 +6,129 @@ import os
 import re
 import shutil
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from dno.alignment import align
+from dno.alignment import align, make_settings
 from dno.errors import UserError
 from dno.objectives import METRICS
-from dno.resume import CHANGEABLE, STOPPING
 from dno.runs.checkpoints import load_newest
 from dno.runs.files import write_whole
 from dno.runs.folder import lock_folder
-from dno.settings import Settings
+from dno.runs.stop_rules import StopRules
 from dno.task import Loaded
+from dno.team import Team
 
-# What may differ between two starts of the same sweep.
-_ELSEWHERE = {*CHANGEABLE, "prompt", "seed", "output"} - {"opt_steps", *STOPPING}
 DONE, NEW, STARTED = range(3)
 
 
-def sweep(settings, prompts, seeds, prefix, team, callback=lambda metrics: None):
+@dataclass(frozen=True)
+class RunSpec:
+    """One run of a sweep. name: of its folder; settings: as `align` takes them; title: for the screen; loaded: shared
+    with the other runs of the same model and rewards."""
+
+    name: str
+    method: str
+    settings: dict
+    title: str
+    loaded: Loaded
+
+
+def sweep(method, settings, prompts, seeds, prefix, team, callback=lambda metrics: None):
     """Run every prompt of the file `prompts` (else the settings' prompt) with every seed (else the settings' seed).
 
     The runs' folders are in `<output>/<prefix>-sweep-<digest of the settings>/`, so the same command finds them again:
-    what is finished is skipped, what was begun goes on from its checkpoint. A run that fails after it began is noted
-    and the others go on. Gradient runs are shared out to the processes; for an estimated gradient all of them work on
-    each run. callback: as that of `align`.
-    Raises UserError at the end where a run failed. Returns the table's rows.
+    what is finished is skipped, what was begun resumes from its checkpoint. A run that fails after it began is noted
+    and the others follow. Gradient runs are shared out to the processes; a method that shares its work has all of them
+    on each run. method: its class. callback: as that of `align`.
+    Raises UserError at the end if a run failed. Returns the table's rows.
     """
-    resolved = Settings(**settings).resolve()
+    resolved = make_settings(method, settings).resolve()
     if resolved.output is None or resolved.noise is not None:
         raise UserError("several runs need --output, and start from their own noise; leave --noise out")
-    runs = [(p, s) for p in _prompts(prompts, resolved) for s in dict.fromkeys(seeds or [resolved.seed])]
-    same = {name: value for name, value in asdict(resolved).items() if name not in _ELSEWHERE}
-    digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]
-    folder = Path(resolved.output).expanduser() / f"{prefix}-sweep-{digest}"
-    folders = [folder / _name(prompt, seed) for prompt, seed in runs]
+    pairs = [(p, s) for p in _prompts(prompts, resolved) for s in dict.fromkeys(seeds or [resolved.seed])]
+    may_differ = {*method.settings_class().changeable(), "prompt", "seed", "output"}
+    may_differ -= {"opt_steps", *StopRules.__dataclass_fields__}
+    same = {name: value for name, value in asdict(resolved).items() if name not in may_differ}
+    digest = hashlib.sha256(json.dumps({"method": method.name, **same}, sort_keys=True).encode()).hexdigest()[:8]
+    folder, loaded = Path(resolved.output).expanduser() / f"{prefix}-sweep-{digest}", Loaded()
+    runs = [
+        RunSpec(_name(p, s), method.name, {**settings, "prompt": p, "seed": s}, f"{p!r}, seed {s}", loaded)
+        for p, s in pairs
+    ]
+    about = {"method": method.name, "settings": asdict(resolved)}
+    rows = run_all(folder, runs, about, team, together=method.shares_work(resolved), callback=callback)
+    if team.leads:
+        return _summary(folder, [{"prompt": p, "seed": s, **row} for (p, s), row in zip(pairs, rows)])
 
+
+def run_all(folder, runs, about, team=None, together=False, callback=lambda metrics: None):
+    """Do every run that is not done yet, each in its folder below `folder`.
+
+    runs: `RunSpec`s. about: what is written to args.json there. together: all processes of the team work on each run;
+    else they share them out. Returns one dict per run, as `row_of` gives them, on the first process.
+    """
+    team = team or Team()
+    folders = [folder / run.name for run in runs]
     if team.leads:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = lock_folder(folder)  # held to the end
-            write_whole(folder / "args.json", json.dumps(asdict(resolved), indent=2).encode() + b"\n")
+            write_whole(folder / "args.json", json.dumps(about, indent=2, default=str).encode() + b"\n")
         except OSError as error:
             raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --output") from error
         print(f"{len(runs)} runs in {folder}", flush=True)
     # The leader decides, since the others may see the disk late.
     stages = team.broadcast(torch.tensor([_stage(path) for path in folders])).tolist()
-    together = resolved.estimator != "backprop"
     left = [i for i, stage in enumerate(stages) if stage != DONE]
-    mine = left if together else left[team.rank :: team.size]
-    loaded = Loaded()
-    for i in mine:
+    for i in left if together else left[team.rank :: team.size]:
         count = f"{i + 1}/{len(runs)}"
-        _one(settings, runs[i], folders[i], stages[i], loaded, team if together else None, team, count, callback)
+        _one(runs[i], folders[i], stages[i], team if together else None, team, count, callback)
     team.finished()
     if team.leads:
         team.wait_for_all()
-        rows = _summary(folder, runs, folders)
         if lock is not None:
             os.close(lock)
-        return rows
+        return [row_of(path) for path in folders]
 
 
-def _one(settings, run, path, stage, loaded, shared_by, team, count, callback):
-    """One run: new, or gone on with. shared_by: the team, where all of it works on this run."""
-    prompt, seed = run
+def _one(run, path, stage, shared_by, team, count, callback):
+    """One run: new, or resumed. shared_by: the team, if all of it works on this run."""
 
     def lives(metrics):
-        callback(metrics)
+        stop = callback(metrics)
         team.alive()
         if shared_by is None:
             team.check()
+        return stop
 
-    common = {"loaded": loaded, "team": shared_by, "callback": lives}
+    common = {"loaded": run.loaded, "team": shared_by, "callback": lives}
     try:
         if team.leads or shared_by is None:
             (path / "failed.txt").unlink(missing_ok=True)
             if stage == NEW and path.is_dir():  # stopped before its first checkpoint
                 shutil.rmtree(path, ignore_errors=True)
         if stage == STARTED:
-            given = {name: settings[name] for name in CHANGEABLE if name in settings}
-            result = align(resume=path, **common, **given)
+            from dno.methods import method_class
+
+            changeable = method_class(run.method).settings_class().changeable()
+            given = {name: run.settings[name] for name in changeable if name in run.settings}
+            result = align(resume=path, method=run.method, **common, **given)
         else:
-            result = align(folder=path, **common, **{**settings, "prompt": prompt, "seed": seed})
+            result = align(folder=path, method=run.method, **common, **run.settings)
     except UserError as error:
         # With others at work on the run, or nothing loaded, the next one would fail like this one.
-        if team.cause() or loaded.model is None or (shared_by is not None and team.size > 1):
+        if team.cause() or run.loaded.model is None or (shared_by is not None and team.size > 1):
             raise
-        print(f"{count}  {prompt!r}, seed {seed}: failed: {error}", flush=True)
+        print(f"{count}  {run.title}: failed: {error}", flush=True)
         path.mkdir(exist_ok=True)
         write_whole(path / "failed.txt", f"{error}\n".encode())
     else:
         if result is not None:
             first, best = result.metrics[0]["reward"], result.rewards.mean()
-            print(f"{count}  {prompt!r}, seed {seed}: {first:.4f} -> {best:.4f}", flush=True)
+            print(f"{count}  {run.title}: {first:.4f} -> {best:.4f}", flush=True)
 
 
 def _prompts(file, settings):
@@ -110,14 +137,17 @@ def _prompts(file, settings):
     try:
         lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {file} cannot be read: {error}; expected a text file, one prompt a line") from error
+        raise UserError(
+            f"--prompts {file} cannot be read: {error}; expected a text file, one prompt per line"
+        ) from error
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
-        raise UserError(f"--prompts {file} has no prompt in it; expected one a line")
+        raise UserError(f"--prompts {file} has no prompt in it; expected one per line")
     return prompts
 
 
 def _name(prompt, seed):
+    prompt = prompt if isinstance(prompt, str) else " ".join(prompt)
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
     return f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}-s{seed}"
 
@@ -130,37 +160,13 @@ def _stage(path):
     try:
         load_newest(path)
     except UserError as error:
-        warnings.warn(f"{error}; it starts anew", stacklevel=2)
+        warnings.warn(f"{error}; it starts over", stacklevel=2)
         return NEW
     return STARTED
 
 
-def _summary(folder, runs, folders):
-    rows = [{"prompt": prompt, "seed": seed, **_row(path)} for (prompt, seed), path in zip(runs, folders)]
-    names = list(dict.fromkeys(name for row in rows for name in row.get("others", ())))
-    header = ["prompt", "seed", "first reward", "best", "at iteration", "P(z)", *names, "seconds"]
-    table = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
-    for row in rows:
-        if "failed" in row:
-            cells = [f"failed: {row['failed']}"] + [""] * (len(header) - 3)
-        else:
-            others = [_number(row["others"].get(name)) for name in names]
-            steps = ", ".join("-" if step is None else str(step) for step in row["steps"])
-            cells = [_number(row["first"]), _number(row["best"]), steps, _number(row["probability"], ".2g"), *others]
-            cells.append(f"{row['seconds']:.1f}")
-        cells = [row["prompt"], str(row["seed"]), *cells]
-        table.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    text = "\n".join(table)
-    write_whole(folder / "summary.md", f"{text}\n".encode())
-    write_whole(folder / "summary.json", json.dumps(rows, indent=2).encode() + b"\n")
-    print(f"{text}\n\nsummary: {folder / 'summary.md'}", flush=True)
-    if failed := sum("failed" in row for row in rows):
-        raise UserError(f"{failed} of {len(rows)} runs failed, see the table; the same command tries them again")
-    return rows
-
-
-def _row(path):
-    """What summary.json says of one run: means over its images, at the best iteration of each."""
+def row_of(path):
+    """What summary.json says of the run in a folder: means over its images, at the best iteration of each."""
     if not (path / "result.json").is_file():
         file = path / "failed.txt"
         why = file.read_text(encoding="utf-8").strip() if file.is_file() else "no result"
@@ -174,6 +180,31 @@ def _row(path):
         "probability": best.get("probability"), "seconds": result["seconds"], "stopped": result["stopped"],
         "others": {name: value for name, value in best.items() if name not in METRICS},
     }  # fmt: skip
+
+
+def _summary(folder, rows):
+    """Write summary.md and summary.json, and print the table."""
+    names = list(dict.fromkeys(name for row in rows for name in row.get("others", ())))
+    header = ["prompt", "seed", "first reward", "best", "at iteration", "P(z)", *names, "seconds"]
+    table = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
+    for row in rows:
+        if "failed" in row:
+            cells = [f"failed: {row['failed']}"] + [""] * (len(header) - 3)
+        else:
+            others = [_number(row["others"].get(name)) for name in names]
+            steps = ", ".join("-" if step is None else str(step) for step in row["steps"])
+            cells = [_number(row["first"]), _number(row["best"]), steps, _number(row["probability"], ".2g"), *others]
+            cells.append(f"{row['seconds']:.1f}")
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else ", ".join(row["prompt"])
+        cells = [prompt, str(row["seed"]), *cells]
+        table.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    text = "\n".join(table)
+    write_whole(folder / "summary.md", f"{text}\n".encode())
+    write_whole(folder / "summary.json", json.dumps(rows, indent=2).encode() + b"\n")
+    print(f"{text}\n\nsummary: {folder / 'summary.md'}", flush=True)
+    if failed := sum("failed" in row for row in rows):
+        raise UserError(f"{failed} of {len(rows)} runs failed, see the table; repeat the command to try them again")
+    return rows
 
 
 def _mean(values):

@@ -1,4 +1,4 @@
-"""What one run optimizes: model, prompts and rewards as the functions that the loop takes."""
+"""Task: model, prompts, schedule and rewards of one run, as the functions that every method works with."""
 
 import re
 import warnings
@@ -9,16 +9,12 @@ import torch
 
 import rewards
 from dno.errors import UserError
-from dno.memory import LeanerOnDemand, Plan, choose_plan
-from dno.methods.estimation import Estimation
-from dno.methods.gradients import Backpropagation
-from dno.methods.optimizers import make_optimizer
+from dno.memory import Plan, choose_plan
 from dno.models.loading import check_model, load_model
 from dno.models.specs import PRECISIONS, model_spec, resolve_device, resolve_precision
-from dno.noise import PERMUTATIONS, PERTURBATION, check_noise, draw_noise, keyed_generator, load_noise
+from dno.noise import check_noise, draw_noise, load_noise
 from dno.objectives import Losses, parse_evaluations, parse_objectives
-from dno.regularization import probability_penalty
-from dno.sampling import noise_scale, sample
+from dno.sampling import sample
 from dno.team import Team
 
 
@@ -31,79 +27,113 @@ class Loaded:
     evaluation: Losses | None = None
 
 
-class Problem:
-    """Everything is checked when it is made, and loaded by `load`, which fills in `size`, `free` and `plan`.
+class Task:
+    """What every method gets. Everything is checked first, and then loaded.
 
-    settings: resolved `Settings`. noise: (T + 1, B, C, h, w) to start from, or None.
+    settings: resolved; see `dno.settings`.
+    noise: a tensor to start from, as `dno.noise.check_noise` takes it, instead of `settings.noise`; or None.
+    needs_gradient: whether every objective must be differentiable.
+    reserved: names of metrics that no reward may have.
     team: the processes of the run.
     loaded: what is there already, which this run leaves as it is; what is missing is loaded into it.
+    before_loading: called when all is checked, and nothing is loaded.
+    Raises UserError for whatever is wrong.
+
+    model, schedule, conditioning, team, device: as named. prompts: one per image. size: height and width in pixels.
+    latent_shape: (B, C, h, w). state_dtype: of noise and latents. plan: what is kept for the backward pass.
     """
 
-    def __init__(self, settings, noise=None, team=None, loaded=None):
-        self.settings, self.team = settings, team or Team()
-        self.shared, self.loaded = loaded is not None, loaded or Loaded()
-        self.estimates = settings.estimator != "backprop"
-        model = self.loaded.model
+    def __init__(
+        self, settings, noise=None, *, needs_gradient=False, reserved=(), team=None, loaded=None,
+        before_loading=lambda: None,
+    ):  # fmt: skip
+        self.settings, self.team, self.needs_gradient = settings, team or Team(), needs_gradient
+        self.shared, loaded = loaded is not None, loaded or Loaded()
+        model = loaded.model
         self.device = model.device if model else self.team.device or resolve_device(settings.device)
         self.dtype = model.dtype if model else resolve_precision(settings.precision, self.device)
         self.precision = next((name for name, dtype in PRECISIONS.items() if dtype == self.dtype), "auto")
         self.state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.prompts = [settings.prompt] * settings.batch_size
-        self._check_rewards()
+        self.prompts, self.negative_prompt = _each(settings.prompt, settings.batch_size), settings.negative_prompt
+        self.plan = Plan(0, 0)
+        self._check_rewards(reserved)
         self._check_noise(noise)
         if model is None:
             check_model(settings.model, settings.lora, settings.vae)
+        before_loading()
+        self._load(loaded)
 
-    def _check_rewards(self):
-        self.objectives = parse_objectives(self.settings.objective, rewards.RFUNCTIONS)
-        self.evaluations = parse_evaluations(self.settings.evaluate, rewards.RFUNCTIONS)
+    # Checking
+
+    def _check_rewards(self, reserved):
+        settings = self.settings
+        self.objectives = parse_objectives(settings.objective, rewards.RFUNCTIONS)
+        self.evaluations = parse_evaluations(settings.evaluate, rewards.RFUNCTIONS)
         for objective in self.objectives:
             if getattr(objective.factory, "evaluation_only", False):
                 raise UserError(f"{objective.name!r} is a judge, which optimizing would corrupt; use --evaluate for it")
-            if not objective.differentiable and not self.estimates:
+            if not objective.differentiable and self.needs_gradient:
                 raise UserError(
-                    f"the objective {objective.name!r} is not differentiable; use dno_stable_diffusion_nograd.py "
-                    f"for it (--evaluate {objective.name} works here)"
+                    f"the objective {objective.name!r} is not differentiable; use --estimator hybrid for it "
+                    f"(--evaluate {objective.name} works here)"
                 )
         for name in {o.name for o in self.objectives} & {e.name for e in self.evaluations}:
             raise UserError(f"{name!r} is both an objective and an evaluation; an objective is recorded already")
+        for reward in (*self.objectives, *self.evaluations):
+            if reward.name in reserved:
+                raise UserError(f"the reward {reward.name!r} has the name of another metric; rename the function")
 
     def _check_noise(self, noise):
         settings = self.settings
-        self.noise = noise if noise is None else check_noise(noise)
-        if settings.noise:
-            self.noise = load_noise(settings.noise)
-        if self.noise is not None and self.noise.shape[:2] != (settings.num_steps + 1, settings.batch_size):
-            steps, images = self.noise.shape[0] - 1, self.noise.shape[1]
+        self.noise = load_noise(settings.noise) if settings.noise else noise if noise is None else check_noise(noise)
+        if self.noise is None:
+            return
+        count, images = self.noise.shape[:2]
+        if images != settings.batch_size or count not in (1, settings.num_steps + 1):
+            steps = "any --num_steps" if count == 1 else f"--num_steps {count - 1}"
             raise UserError(
-                f"the noise to start from is for --num_steps {steps} --batch_size {images}; "
+                f"the noise to start from is for {steps} --batch_size {images}; "
                 f"got {settings.num_steps} and {settings.batch_size}"
             )
 
-    def load(self):
+    # Loading
+
+    def _load(self, loaded):
         """Rewards first, for what they miss is known at once; then the model, and what depends on it."""
-        if self.loaded.loss is None:
-            self._load_rewards()
-        self.loss, self.evaluation = self.loaded.loss, self.loaded.evaluation
         settings = self.settings
-        if self.loaded.model is None:
-            self.loaded.model = load_model(
+        if loaded.loss is None:
+            self._load_rewards(loaded)
+        self.loss, self.evaluation = loaded.loss, loaded.evaluation
+        if loaded.model is None:
+            loaded.model = load_model(
                 settings.model, self.dtype, self.device, settings.variant, settings.lora, settings.model_config,
                 settings.vae, settings.vae_precision,
             )  # fmt: skip
             if settings.compile:
-                self.loaded.model.compile_blocks()
-        self.model = self.loaded.model
+                loaded.model.compile_blocks()
+        self.model = loaded.model
         self._check_size()
-        self.schedule = self.model.schedule(settings.num_steps, settings.timestep_spacing)
+        self.schedule = self.model.schedule(settings.num_steps, *self.size, settings.timestep_spacing)
         _warn_of_unknown_words(settings)
-        self.guided = settings.guidance_scale > 1
+        self.guided = self.model.needs_negative(settings.guidance_scale)
         self.conditioning = self.model.encode_prompts(
-            self.prompts, settings.negative_prompt, guided=self.guided, **self._sizes()
+            self.prompts, self.negative_prompt, guided=self.guided, **self._sizes()
         )
         if not self.shared:
             self.model.free_text_encoder()
-        self.use(self._choose_plan())
+
+    def _load_rewards(self, loaded):
+        settings, precision = self.settings, rewards.PRECISIONS[self.settings.reward_precision]
+        try:
+            rewards.configure(settings.reward_preprocess, settings.reward_checkpointing, **settings.reward_paths)
+        except rewards.RewardError as error:
+            raise UserError(str(error)) from error
+        loss = Losses(self.objectives, precision, self.device)
+        if self.needs_gradient:
+            loss.require_gradients(self.prompts[0])
+        watched = self.evaluations if self.team.leads else ()  # the leader alone evaluates
+        loaded.evaluation = Losses(watched, precision, self.device) if watched else None
+        loaded.loss = loss
 
     def _sizes(self):
         settings = self.settings
@@ -114,50 +144,14 @@ class Problem:
             raise UserError(f"{', '.join(given)}: {settings.model} is not told of sizes, as SDXL is; leave them out")
         return {}
 
-    def _choose_plan(self):
-        """How much is kept for the backward pass."""
-        settings = self.settings
-        steps = min(settings.opt_time + 1, settings.num_steps)
-        if settings.gradient == "skip_unet":  # a step's graph is a few latents
-            block = settings.checkpointing == "block"
-            return Plan(0, 0, vae_blocks=block, split_guidance=settings.split_guidance, guided=self.guided)
-        # On a CPU the decoder's graph is small beside the free memory; an estimator keeps none of the reward's, and its
-        # reward may be a person who would be asked to rate a grey picture.
-        finish = self._finish if self.device.type == "cuda" and not self.estimates else None
-        return choose_plan(
-            settings.checkpointing, steps, self.device, self._one_step, finish, self.guided, settings.split_guidance
-        )
-
-    def use(self, plan):
-        """Follow this plan from now on."""
-        self.plan = plan
-        self.model.checkpoint_blocks(plan.unet_blocks, plan.vae_blocks)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def release(self):
-        """Leave the model as it came: somebody may use it again."""
-        if self.loaded.model is not None:
-            self.loaded.model.checkpoint_blocks(False)
-
-    def _load_rewards(self):
-        settings, precision = self.settings, rewards.PRECISIONS[self.settings.reward_precision]
-        try:
-            rewards.configure(settings.reward_preprocess, settings.reward_checkpointing, **settings.reward_paths)
-        except rewards.RewardError as error:
-            raise UserError(str(error)) from error
-        loss = Losses(self.objectives, precision, self.device)
-        if not self.estimates:
-            loss.require_gradients(settings.prompt)
-        watched = self.evaluations if self.team.leads else ()  # the leader alone evaluates
-        self.loaded.evaluation = Losses(watched, precision, self.device) if watched else None
-        self.loaded.loss = loss
-
     def _check_size(self):
         """Fill in the size, and check everything that depends on it."""
         settings, model = self.settings, self.model
-        default = model.default_size
-        self.size = settings.height or default[0], settings.width or default[1]
+        if settings.height and settings.width:
+            self.size = settings.height, settings.width
+        else:
+            height, width = model.default_size
+            self.size = settings.height or height, settings.width or width
         for name, value in zip(("height", "width"), self.size, strict=True):
             if value % model.scale_factor:
                 lower = max(value // model.scale_factor, 1) * model.scale_factor
@@ -166,9 +160,6 @@ class Problem:
                     f"such as {lower}"
                 )
         self.latent_shape = model.latent_shape(settings.batch_size, *self.size)
-        steps = settings.num_steps
-        # With eta = 0 the starting noise alone reaches the image; with K < T the starting noise is frozen.
-        self.free = slice(steps, steps + 1) if settings.eta == 0 else slice(0, settings.opt_time + 1)
         one_noise = self.latent_shape[1] * self.latent_shape[2] * self.latent_shape[3]
         if one_noise % 4**settings.subsample:
             raise UserError(
@@ -182,108 +173,109 @@ class Problem:
                 f"--width {w * model.scale_factor}; got {self.latent_shape[1]}, {self.size[0]} and {self.size[1]}"
             )
 
+    # Working
+
+    def denoise(self, rows, through_network=True):
+        """The guided denoiser of these images, (x, point) -> (x0, eps)."""
+        return partial(
+            self.model.denoise,
+            conditioning=self.conditioning[rows],
+            guidance_scale=self.settings.guidance_scale,
+            through_network=through_network,
+            split_guidance=self.plan.split_guidance or self.settings.split_guidance,
+        )
+
+    def render(self, noises, rows, through_network=True):
+        """T + 1 noises (n, C, h, w) -> images (n, 3, H, W), for the images of these indices, which may repeat.
+
+        through_network: False holds the network's output constant in the backward pass.
+        """
+        recompute = self.plan.recompute(self.schedule.num_steps)
+        denoise = self.denoise(rows, through_network)
+        return self.model.decode(sample(denoise, noises, self.schedule, self.settings.eta, recompute))
+
+    def losses(self, images, rows):
+        """(the weighted sum of the losses (n,), each objective's unweighted reward by name, (n,), detached)."""
+        return self.loss(images, [self.prompts[b] for b in rows])
+
+    @torch.no_grad()
+    def losses_or_nan(self, images, rows):
+        """As `losses`, without gradients; an image for which a reward fails has NaN, with a warning."""
+        return self.loss.forgiving(images, [self.prompts[b] for b in rows])
+
+    @torch.no_grad()
+    def evaluate(self, images, rows):
+        """The rewards that are recorded and not optimized, by name, (n,) each."""
+        return self.evaluation(images, [self.prompts[b] for b in rows])[1] if self.evaluation else {}
+
+    def draw(self, candidate=0):
+        """Each image's own noise, (T + 1, B, C, h, w), on the device. candidate: which of its independent draws."""
+        settings = self.settings
+        seeds = [settings.seed + b for b in range(settings.batch_size)]
+        noise = draw_noise(seeds, settings.num_steps, self.latent_shape[1:], candidate)
+        return noise.to(self.device, self.state_dtype)
+
+    def given_noise(self):
+        """The noise that the user gave, (T + 1, B, C, h, w) on the device, or None.
+
+        A file that has x_T alone, as runs with eta 0 leave it, gets the fresh noise of the images' own draws.
+        """
+        if self.noise is None:
+            return None
+        noise = self.noise.to(self.device, self.state_dtype)
+        return noise if len(noise) == self.settings.num_steps + 1 else torch.cat([self.draw()[:-1], noise])
+
+    # Memory
+
+    def plan_graphs(self, num_steps, rewards_too=True):
+        """Choose what is kept for the backward pass, for a method that differentiates.
+
+        num_steps: of how many steps, the last ones, the backward pass needs the network's graph; 0 for none.
+        rewards_too: whether the gradient passes through the rewards.
+        """
+        settings = self.settings
+        if num_steps == 0:
+            block = settings.checkpointing == "block"
+            plan = Plan(0, 0, vae_blocks=block, split_guidance=settings.split_guidance, guided=self.guided)
+        else:
+            # On a CPU the decoder's graph is small beside the free memory; without the reward's there is no call for
+            # it either, and such a reward may be a person who would be asked to rate a grey image.
+            finish = self._finish if self.device.type == "cuda" and rewards_too else None
+            plan = choose_plan(
+                settings.checkpointing, num_steps, self.device, self._one_step, finish, self.guided,
+                settings.split_guidance,
+            )  # fmt: skip
+        self.use(plan)
+
     def _leaf(self):
         return torch.zeros(self.latent_shape, device=self.device, dtype=self.state_dtype, requires_grad=True)
 
     def _one_step(self):
-        return self._denoise(self.conditioning)(self._leaf(), self.schedule.timesteps[0])
+        return self.denoise(list(range(self.settings.batch_size)))(self._leaf(), self.schedule[0])
 
     def _finish(self):
         return self.losses(self.model.decode(self._leaf()), range(self.settings.batch_size))
 
-    def _denoise(self, conditioning, plan=None):
-        return partial(
-            self.model.denoise,
-            conditioning=conditioning,
-            guidance_scale=self.settings.guidance_scale,
-            through_network=self.settings.gradient == "full",
-            split_guidance=plan.split_guidance if plan else self.settings.split_guidance,
-        )
+    def use(self, plan):
+        """Follow this plan from now on."""
+        self.plan = plan
+        self.model.checkpoint_blocks(plan.unet_blocks, plan.vae_blocks)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
-    def render(self, noises, images):
-        """T + 1 noises (B, C, h, w) -> images (B, 3, H, W), for the images of these indices."""
-        denoise = self._denoise(self.conditioning[images], self.plan)
-        recompute = self.plan.recompute(self.schedule.num_steps)
-        return self.model.decode(sample(denoise, noises, self.schedule, self.settings.eta, recompute))
+    def release(self):
+        """Leave the model as it came: the caller may use it again."""
+        self.model.checkpoint_blocks(False)
 
-    def losses(self, images, indices):
-        loss = self.loss.forgiving if self.estimates else self.loss
-        return loss(images, [self.prompts[b] for b in indices])
 
-    @torch.no_grad()
-    def evaluate(self, images, indices):
-        return self.evaluation(images, [self.prompts[b] for b in indices])[1]
-
-    def regularizer(self, noise, images, step):
-        generators = [keyed_generator(PERMUTATIONS, self.settings.seed + b, step) for b in images]
-        return probability_penalty(noise, generators, self.settings.subsample, self.settings.permutations)
-
-    def empty_noise(self):
-        return torch.zeros(self.settings.num_steps + 1, *self.latent_shape, device=self.device, dtype=self.state_dtype)
-
-    @torch.no_grad()
-    def starting_noise(self):
-        """The given noise, or each image's own draw, or the best of several draws."""
-        settings = self.settings
-        if self.noise is not None:
-            return self.noise.to(self.device, self.state_dtype)
-        seeds = [settings.seed + b for b in range(settings.batch_size)]
-        every = list(range(settings.batch_size))
-        best, best_losses = None, None
-        for candidate in range(settings.best_of):
-            noise = draw_noise(seeds, settings.num_steps, self.latent_shape[1:], candidate)
-            noise = noise.to(self.device, self.state_dtype)
-            if settings.best_of == 1:
-                return noise
-            self.team.send_task(noise[:0], [], -1)  # a sign of life for those who wait for the first task
-            losses, _ = self.losses(self.render(noise, every), every)
-            # A reward that is not finite never wins.
-            losses = losses.nan_to_num(nan=torch.inf, neginf=torch.inf)
-            if best is None:
-                best, best_losses = noise, losses
-            better = losses < best_losses
-            best[:, better], best_losses = noise[:, better], torch.minimum(losses, best_losses)
-        return best
-
-    def source(self):
-        """The gradient source that the settings ask for."""
-        settings = self.settings
-        if not self.estimates:
-            return LeanerOnDemand(Backpropagation(self.render, self.losses, self.free), self)
-
-        def draw(image, step, index, shape):
-            generator = keyed_generator(PERTURBATION, settings.seed + image, step, index)
-            return torch.randn(shape, generator=generator)
-
-        source = Estimation(
-            self.render, self.losses, self.free, settings.estimator,
-            mu=settings.mu, num_samples=settings.num_samples, draw=draw, batch_size=settings.batch_per_device,
-            antithetic=settings.antithetic, pad=self._half_precision(), team=self.team,
-            backprop_cost=settings.backprop_cost, max_bad_samples=settings.max_bad_samples, idle=self._idle(),
-        )  # fmt: skip
-        # Several processes cannot try again, for the others are past it; zo keeps nothing that could be spared.
-        return source if self.team.size > 1 or settings.estimator == "zo" else LeanerOnDemand(source, self)
-
-    def _half_precision(self):
-        return {self.dtype, self.model.vae.dtype} & {torch.bfloat16, torch.float16} != set()
-
-    def _idle(self):
-        """The free noises that no step of the sampler adds."""
-        steps = self.settings.num_steps
-        free = range(steps + 1)[self.free]
-        return [
-            row for row, k in enumerate(free)
-            if k < steps and noise_scale(self.schedule, steps - 1 - k, self.settings.eta) == 0
-        ]  # fmt: skip
-
-    def make_optimizer(self, params):
-        settings = self.settings
-        return make_optimizer(params, settings.optimizer, settings.lr, settings.weight_decay, settings.precondition)
+def _each(value, count):
+    return list(value) if isinstance(value, tuple) else [value] * count
 
 
 def _warn_of_unknown_words(settings):
     known = model_spec(settings.model).words
-    for prompt in (settings.prompt, settings.negative_prompt or ""):
+    texts = (*_each(settings.prompt, 1), *_each(settings.negative_prompt or "", 1))
+    for prompt in dict.fromkeys(texts):
         unknown = [word for word in re.findall(r"[^\W_]+", prompt.lower()) if known and word not in known]
         if unknown:
             warnings.warn(

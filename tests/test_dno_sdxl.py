@@ -71,7 +71,7 @@ def test_skip_unet_is_another_direction_and_calls_the_unet_once_a_step(tiny_xl_f
 
     model = dno.load_model(str(tiny_xl_folder))
     calls = []
-    model.unet.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    model.network.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     settings = {"num_steps": 3, "opt_steps": 1, "checkpointing": "step"}
     full = align(model, **settings).metrics[0]
     assert calls == [False] * 3 + [True] * 3
@@ -86,7 +86,7 @@ def test_without_guidance_half_of_the_work_is_left_out(call, tiny_xl_folder):
 
     model = dno.load_model(str(tiny_xl_folder))
     sizes = []
-    model.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    model.network.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     align(model, num_steps=3, opt_steps=1, guidance_scale=1.0, checkpointing="none")
     assert sizes == [1, 1, 1]
 

@@ -1,1 +1,7 @@
-"""Text-to-image models: a base class, one file per family, one row per model."""
+"""Text-to-image models: a base class, one file per group of families, one row per model.
+
+specs.py              the rows: where a model is and what it wants; names of precisions and devices
+loading.py            names to frozen models; every failure is one `UserError`
+base.py               `TextToImage` and `Conditioning`: what the families share
+stable_diffusion.py   Stable Diffusion 1.x, 2.x and XL, and turbo
+"""

@@ -1,4 +1,4 @@
-"""From a model's name to a frozen model on the device; whatever can go wrong is one line."""
+"""Loading models: a name, folder or file becomes a frozen model; every failure is one `UserError`."""
 
 import contextlib
 import json
@@ -13,8 +13,7 @@ from dno.errors import UserError
 from dno.memory import is_out_of_memory
 from dno.models.quiet import quiet
 from dno.models.specs import PRECISIONS, model_spec
-from dno.models.stable_diffusion import StableDiffusion
-from dno.models.stable_diffusion_xl import StableDiffusionXL
+from dno.models.stable_diffusion import StableDiffusion, StableDiffusionXL
 
 FAMILIES = {family.pipeline_class: family for family in (StableDiffusion, StableDiffusionXL)}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -83,15 +82,30 @@ def _may_be_hub_id(source):
     return not is_file and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source)
 
 
+# What the names of the tensors in a single file begin with or contain, and what the file then is.
+_OTHER_FILES = {
+    "double_blocks.": "a FLUX model",
+    "joint_blocks.": "Stable Diffusion 3",
+    "lora_": "a LoRA, which goes with --lora",
+    "caption_projection.": "a PixArt or SANA model",
+    "context_refiner.": "a Lumina or Z-Image model",
+    "control_model.": "a ControlNet",
+}
+
+
 def _family_of_file(path, model_config):
     """The family of a single file: that of the pipeline's folder which tells how to read it, else by its tensors."""
     from safetensors import safe_open
 
+    with _explained(f"--model {path} could not be read (is the file whole?)"), safe_open(path, "pt") as file:
+        names = set(file.keys())
+    if not any("model.diffusion_model.input_blocks." in name for name in names):
+        kinds = [kind for mark, kind in _OTHER_FILES.items() if any(mark in name for name in names)]
+        looks = f"it looks like {kinds[0]}" if kinds else f"its tensors are such as {min(names, default='none')!r}"
+        raise UserError(f"--model {path} has no UNet of Stable Diffusion: {looks}")
     index = Path(model_config).expanduser() / "model_index.json" if model_config else None
     if index and index.is_file():
         return _check_class(index, index.parent)
-    with _explained(f"--model {path} could not be read (is the file whole?)"), safe_open(path, "pt") as file:
-        names = set(file.keys())
     # SDXL's text encoders are embedders 0 and 1 of a conditioner; the refiner has the first one only.
     if not any(name.startswith("conditioner.embedders.") for name in names):
         return StableDiffusion
@@ -127,7 +141,7 @@ def _check_folder(folder):
     for part in family.tokenizers:
         if not (folder / part).is_dir():
             raise UserError(f"--model {folder}: it has no {part}/; download the model again")
-    for part in ("unet", "vae", *family.text_encoders):
+    for part in (family.network_part, "vae", *family.text_encoders):
         _check_safetensors("--model", folder, part)
     return family
 

@@ -16,10 +16,11 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One row: where a model is and what it wants unless the user says otherwise.
+    """One row per model: where it is and what it wants unless the user says otherwise.
 
     source: hub id, diffusers folder or single .safetensors file.
-    words: the words that the model was trained on, where it knows a few only; others earn a warning.
+    eta: how much fresh noise enters at each step, as `dno.sampling.noise_scale` has it.
+    words: the words that the model was trained on, if it knows a few only; other words trigger a warning.
     timestep_spacing: one of `TIMESTEP_SPACINGS`; None = the one in the scheduler's own configuration.
     ends_clean: the last step ends at alpha = 1, sigma = 0, not at timestep 0, where a little noise is left.
     """
@@ -27,7 +28,7 @@ class ModelSpec:
     source: str
     num_steps: int = 50
     guidance_scale: float = 5.0
-    size: tuple[int, int] | None = None  # height, width in pixels; None = the model's own
+    eta: float = 1.0
     words: tuple[str, ...] = ()
     timestep_spacing: str | None = None
     ends_clean: bool = False

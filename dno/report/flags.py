@@ -6,7 +6,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
-from dno.errors import UserError
 from dno.report.reading import FILLED_IN, elide
 
 # Kept apart: where a run was written says nothing about what it does.
@@ -102,14 +101,12 @@ def common_folder(paths):
 
 def _defaults(method):
     """{setting: default} of a method; nothing of one that this version does not have."""
-    from dno import settings
+    from dno.methods import METHODS, method_class
 
-    if not hasattr(settings, "defaults"):
-        return {f.name: f.default for f in fields(settings.Settings) if f.metadata["group"]}
-    try:
-        return settings.defaults(method)
-    except UserError:
+    if method not in METHODS:
         return {}
+    cls = method_class(method)
+    return {f.name: cls.presets.get(f.name, f.default) for f in fields(cls.settings_class())}
 
 
 def _setting_defaults(run):

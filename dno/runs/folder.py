@@ -7,10 +7,10 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import time
-import warnings
 import weakref
 from importlib import metadata
 from pathlib import Path
@@ -52,7 +52,7 @@ class Run:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     def write_args(self, args, done=0):
-        """args.json: the resolved settings, the versions of the packages and the revision of this code.
+        """args.json: what was asked and what it was resolved to, versions of the packages, revision of this code.
 
         done: iterations that an earlier start of the run made; what they were made with is kept as `history`.
         """
@@ -60,8 +60,9 @@ class Run:
         if done:
             with contextlib.suppress(OSError, ValueError):
                 before = json.loads((self.folder / "args.json").read_text(encoding="utf-8"))
+                run = {**before.get("resolved", {}), **before}
                 names = ("versions", "git_revision", "device", "processes")
-                history = [*before.get("history", []), {"until": done, **{name: before.get(name) for name in names}}]
+                history = [*before.get("history", []), {"until": done, **{name: run.get(name) for name in names}}]
         args = {**args, "versions": versions(), "git_revision": git_revision(), "history": history}
         self._write("args.json", json.dumps(_plain(args), indent=2).encode() + b"\n")
 
@@ -88,9 +89,10 @@ class Run:
             raise UserError(f"{path} has not the {steps} iterations that the checkpoint follows")
         with _disk(path):
             write_whole(path, b"".join(lines), fsync=True)
-            for picture in (self.folder / "images").glob("*.png"):
-                if int(picture.stem.partition("_")[0]) >= steps:
-                    picture.unlink()
+            for image in (self.folder / "images").glob("*.png"):
+                match = re.fullmatch(r"(\d{3,})(_b\d+)?", image.stem, re.ASCII)  # the user's own files stay
+                if match and int(match[1]) >= steps:
+                    image.unlink()
         return metrics
 
     def sync(self):
@@ -145,15 +147,10 @@ class Run:
         tensors = {"noise": noise.detach().float().cpu().contiguous()}
         self._write("best_noise.safetensors", save(tensors, {key: str(value) for key, value in text.items()}))
 
-    def draw(self):
-        """evolution.png and evolution.gif. A picture that fails is a warning: the results are on disk already."""
-        from dno.report.figures import evolution_gif, evolution_sheet
-
-        for name, draw in (("evolution.png", evolution_sheet), ("evolution.gif", evolution_gif)):
-            try:
-                draw(self.folder)
-            except Exception as error:
-                warnings.warn(f"{name} could not be drawn: {type(error).__name__}: {error}", stacklevel=2)
+    def save_gallery(self, entries, index=0):
+        """`gallery.png`, or `gallery_b<index>.png`, of (caption, pixels (H, W, 3) in uint8), in rows of four."""
+        if entries:
+            self._write(self._picture("gallery", index).relative_to(self.folder), _contact_sheet(entries))
 
     def discard(self):
         """Remove the folder of a run that ended before its first iteration."""
@@ -163,6 +160,25 @@ class Run:
         path = self.folder / name
         with _disk(path):
             write_whole(path, data)
+
+
+def _contact_sheet(entries, columns=4, gap=8, caption=22):
+    """The images in rows, each over its caption, as a PNG. Small ones are enlarged by a whole factor."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = entries[0][1].shape[:2]
+    scale = max(1, 160 // width)
+    width, height, columns = width * scale, height * scale, min(columns, len(entries))
+    rows = -(-len(entries) // columns)
+    page = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + caption + gap) + gap), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+    for i, (text, pixels) in enumerate(entries):
+        x, y = gap + i % columns * (width + gap), gap + i // columns * (height + caption + gap)
+        page.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        pen.text((x + width / 2, y + height + caption / 2), text, "#222222", font, "mm")
+    file = io.BytesIO()
+    page.save(file, format="PNG")
+    return file.getvalue()
 
 
 def lock_folder(folder):

@@ -4,24 +4,40 @@ import contextlib
 import signal
 import threading
 
+NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
-@contextlib.contextmanager
-def signals_wait():
-    """Ctrl-C and SIGTERM take effect at the end of the block. In threads, which get no signals, it does nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *signal_and_frame: received.append(signal_and_frame)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before):
+
+class Signals:
+    """Ctrl-C and SIGTERM, held from `hold` to `release`, where the first one that came takes effect.
+
+    Threads get no signals: in one, both do nothing.
+    """
+
+    def __init__(self):
+        self.before, self.received = None, []
+
+    def hold(self):
+        if self.before is None and threading.current_thread() is threading.main_thread():
+            self.received.clear()
+            self.before = [signal.signal(number, self._receive) for number in NUMBERS]
+
+    def _receive(self, number, frame):
+        self.received.append((number, frame))
+
+    def release(self):
+        if self.before is None:
+            return
+        handlers, self.before = dict(zip(NUMBERS, self.before)), None
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number, frame in received[:1]:
-            handler = dict(zip(numbers, before))[number]
-            if callable(handler):
-                handler(number, frame)
-            elif handler == signal.SIG_DFL:
+        for number, frame in self.received[:1]:
+            if callable(handlers[number]):
+                handlers[number](number, frame)
+            elif handlers[number] == signal.SIG_DFL:
                 signal.raise_signal(number)
+
+    @contextlib.contextmanager
+    def held(self):
+        """`hold` at the start of a block; whoever ends the work calls `release`."""
+        self.hold()
+        yield

@@ -110,7 +110,7 @@ def test_flops_of_a_call_are_those_of_a_real_one(gpu, name):
     x = torch.randn(model.latent_shape(1, 16, 16), requires_grad=True)
     conditioning = model.encode_prompts([""])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
-        eps = model.denoise(x, 500, conditioning, 5.0)[1]
+        eps = model.denoise(x, model.point(500), conditioning, 5.0)[1]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as backward:
         torch.autograd.grad(eps.sum(), x)
     counted = gpu.count_flops(architecture, 16)
@@ -214,7 +214,7 @@ def test_the_networks_have_the_published_sizes(gpu):
 
     for name, unet in (("sd15", 859_520_964), ("sdxl", 2_567_463_684)):
         model = gpu.random_model(gpu.ARCHITECTURES[name], torch.bfloat16, "meta")
-        assert parameters(model.unet) == unet
+        assert parameters(model.network) == unet
         assert parameters(model.vae) == 83_653_863
 
 

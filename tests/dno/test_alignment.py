@@ -66,7 +66,7 @@ def test_checkpointing_changes_no_bit(quick, checkpointing):
 
 def test_checkpointing_is_not_left_on_for_the_next_run(tiny_model):
     align(model=tiny_model, num_steps=2, opt_steps=1, checkpointing="block")
-    assert not tiny_model.unet.is_gradient_checkpointing
+    assert not tiny_model.network.is_gradient_checkpointing
 
 
 def test_noise_that_overflows_is_named_not_a_traceback(quick):
