@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,7 +106,7 @@ def _defaults(method):
     if method not in METHODS:
         return {}
     cls = method_class(method)
-    return {f.name: cls.presets.get(f.name, f.default) for f in fields(cls.settings_class())}
+    return asdict(cls.settings_class()()) | cls.presets
 
 
 def _setting_defaults(run):

@@ -305,6 +305,16 @@ def test_a_run_without_a_probability_has_no_panel_for_it(tmp_path):
     assert (sheet(folder)[460:] == grey).all(-1).sum() > lines + 500
 
 
+def test_a_curve_that_hardly_moves_looks_level(tmp_path):
+    """A reward that changes by rounding alone stays within a few pixels; one that doubles fills its panel."""
+    heights = []
+    for name, change in (("level", 1e-7), ("rising", 0.5)):
+        rewards = [0.5 + change * step for step in range(3)]
+        pixels = sheet(make_run(tmp_path / name, steps=3, rewards=rewards, evaluate=()))[500:, :760]
+        heights.append(np.ptp(np.nonzero((pixels == (0, 0x72, 0xB2)).all(-1))[0]))
+    assert heights[0] < 20 and heights[1] > 200
+
+
 def test_each_row_has_its_own_prompt(tmp_path):
     """One prompt for all images leaves no line for it over each row; two do, and move the second row down."""
     one = sheet(make_run(tmp_path / "one", steps=2, batch=2, prompt="a duck"))

@@ -1,35 +1,25 @@
 """What runs are called and which of their flags were changed, against settings and defaults known beforehand."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from dno import settings
-from dno.errors import UserError
+from dno.methods import METHODS, method_class
+from dno.models.specs import DEFAULT_MODEL
 from dno.report.flags import Label, Row, common_folder, labels_of, plain, rows_of
 from dno.report.reading import Run
 
-DEFAULTS = {
-    "dno": {"model": "sd", "num_steps": None, "lr": 0.01, "seed": 0, "precision": "auto", "output": "output"},
-    "best_of_n": {"model": "sd", "num_steps": None, "num": 64, "seed": 0, "precision": "auto", "output": "output"},
-}
-
-
-@pytest.fixture(autouse=True)
-def defaults(monkeypatch):
-    def of(method):
-        if method not in DEFAULTS:
-            raise UserError(f"no method {method!r}")
-        return DEFAULTS[method]
-
-    monkeypatch.setattr(settings, "defaults", of, raising=False)
-
 
 def run(name="a", method="dno", resolved=(), title="", **asked):
-    """A run with these settings; resolved: what it became of them."""
-    asked = DEFAULTS.get(method, {}) | {"model": "sprites"} | asked
+    """A run with these settings; resolved: what it became of them, and facts beside them."""
+    defaults = asdict(method_class(method).settings_class()()) if method in METHODS else {}
+    asked = {**defaults, "model": "sprites", **asked}
     args = {"method": method, "title": title or method, **asked, "num_steps": asked.get("num_steps") or 25}
     return Run(Path("/runs") / name, method, args | dict(resolved), asked, [0], [], None, [])
+
+
+MODEL = Row("model", ["sprites"], DEFAULT_MODEL)
 
 
 def test_what_was_changed_is_shown_as_it_was_asked():
@@ -37,17 +27,17 @@ def test_what_was_changed_is_shown_as_it_was_asked():
         [run(lr=0.5, precision="fp32", resolved={"precision": "float32", "device": "cpu"})]
     )
     assert differing == []
-    assert changed == [Row("model", ["sprites"], "sd"), Row("lr", ["0.5"], "0.01"), Row("precision", ["fp32"], "auto")]
-    assert {row.name: row.values for row in rest} == {
-        "method": ["dno"], "title": ["dno"], "num_steps": ["25"], "seed": ["0"], "output": ["output"], "device": ["cpu"]
-    }  # fmt: skip
+    assert changed == [MODEL, Row("precision", ["fp32"], "auto"), Row("lr", ["0.5"], "0.01")]
+    rest = {row.name: row.values for row in rest}
+    assert rest["method"] == ["dno"] and rest["num_steps"] == ["25"] and rest["device"] == ["cpu"]
+    assert rest["reward_paths"] == ["–"] and rest["gamma"] == ["0"]
 
 
 def test_what_the_run_filled_in_is_no_change():
     """sprites has 25 steps of its own, and auto became float32 on this machine."""
     for asked in (None, 25):
         _, changed, _ = rows_of([run(num_steps=asked, resolved={"precision": "float32"}, output="elsewhere")])
-        assert [row.name for row in changed] == ["model"]
+        assert changed == [MODEL]
     _, changed, _ = rows_of([run(num_steps=10)])
     assert changed[1] == Row("num_steps", ["10"], "25")
 
@@ -56,10 +46,10 @@ def test_runs_differ_in_what_they_have():
     a, b = run("a", lr=0.5), run("b", lr=0.2, resolved={"versions": {"torch": "2"}, "weights": {"black": 1}})
     differing, changed, _ = rows_of([a, b])
     assert differing == [Row("lr", ["0.5", "0.2"], "0.01"), Row("versions", ["–", "torch 2"], "")]
-    other = run("c", "best_of_n", num=8)
+    other = run("c", "best_of_n", num_candidates=8)
     differing, changed, _ = rows_of([a, other])
-    assert [row.name for row in differing] == ["method", "title"][:1]
-    assert Row("num", ["–", "8"], "64") in changed and Row("lr", ["0.5", "–"], "0.01") in changed
+    assert [row.name for row in differing] == ["method"]
+    assert Row("num_candidates", ["–", "8"], "64") in changed and Row("lr", ["0.5", "–"], "0.01") in changed
 
 
 def test_a_method_that_is_unknown_here_has_no_defaults():
