@@ -259,7 +259,7 @@ class Task:
     def use(self, plan):
         """Follow this plan from now on."""
         self.plan = plan
-        self.model.checkpoint_blocks(plan.unet_blocks, plan.vae_blocks)
+        self.model.checkpoint_blocks(plan.network_blocks, plan.vae_blocks)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

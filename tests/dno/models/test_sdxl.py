@@ -42,7 +42,7 @@ def unet_calls(tiny_xl_model, monkeypatch):
 def gradient(model, plan=None, size=(8, 8), guidance_scale=5.0, eta=1.0, through_network=True, scale=1.0):
     """The gradient (T + 1, 2, 4, h, w) in the noises of a loss on two images, with their sum."""
     plan = plan or Plan(STEPS, STEPS)
-    model.checkpoint_blocks(plan.unet_blocks, plan.vae_blocks)
+    model.checkpoint_blocks(plan.network_blocks, plan.vae_blocks)
     noise = randn(STEPS + 1, 2, 4, *size, dtype=torch.promote_types(model.dtype, torch.float32)).requires_grad_()
     denoise = partial(
         model.denoise, conditioning=model.encode_prompts(["white duck", "red car"], "a grey cat"),
@@ -220,11 +220,11 @@ def test_skipping_the_network_gives_another_gradient_of_the_same_images(tiny_xl_
 PLANS = {
     **{f"{kept} kept": Plan(STEPS, kept) for kept in range(STEPS)},
     "VAE by block": Plan(STEPS, 2, vae_blocks=True),
-    "block": Plan(STEPS, 0, unet_blocks=True, vae_blocks=True),
-    "block, kept": Plan(STEPS, STEPS, unet_blocks=True),
+    "block": Plan(STEPS, 0, network_blocks=True, vae_blocks=True),
+    "block, kept": Plan(STEPS, STEPS, network_blocks=True),
     "split": Plan(STEPS, 0, split_guidance=True),
     "split, kept": Plan(STEPS, STEPS, split_guidance=True),
-    "split, block": Plan(STEPS, 0, unet_blocks=True, vae_blocks=True, split_guidance=True),
+    "split, block": Plan(STEPS, 0, network_blocks=True, vae_blocks=True, split_guidance=True),
 }
 
 
@@ -266,7 +266,7 @@ def test_compiled_blocks_give_the_same_gradient(tiny_xl_model, backend):
     expected, _ = gradient(tiny_xl_model)
     torch._dynamo.utils.counters.clear()
     tiny_xl_model.compile_blocks(backend=backend)
-    for plan in (Plan(STEPS, STEPS), Plan(STEPS, 0, unet_blocks=True, vae_blocks=True, split_guidance=True)):
+    for plan in (Plan(STEPS, STEPS), Plan(STEPS, 0, network_blocks=True, vae_blocks=True, split_guidance=True)):
         got, _ = gradient(tiny_xl_model, plan)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
