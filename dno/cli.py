@@ -158,6 +158,9 @@ class _Command:
                 self.settings = {**self.presets, **self.given}
             else:
                 _, self.settings = configured(self.config, self.method.name, self.given)
+            # From Python a run writes nothing unless it is told to; here it always leaves a folder.
+            output = self.settings.get("output") or self.method.settings_class().output
+            self.settings = {**self.settings, "output": output}
             self.known = make_settings(self.method, self.settings).resolve()
         elif self.prompts or self.seeds or self.config:
             raise UserError(
