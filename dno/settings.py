@@ -357,7 +357,7 @@ class Settings:
         return [f.name for f in fields(cls) if f.metadata["changeable"]]
 
     def typed(self):
-        """These settings in the types of their fields, as JSON can hold them. Raises UserError."""
+        """These settings in the types of their hints: a list as a tuple, a path as text. Raises UserError."""
         return replace(self, **{f.name: _typed(self, f) for f in fields(self)})
 
     def resolve(self):
