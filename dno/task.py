@@ -37,7 +37,7 @@ class Task:
     team: the processes of the run.
     loaded: what is there already, which this run leaves as it is; what is missing is loaded into it.
     before_loading: called when all is checked, and nothing is loaded.
-    Raises UserError for whatever is wrong.
+    As a context it releases the model at the end. Raises UserError for whatever is wrong.
 
     model, schedule, conditioning, team, device: as named. prompts: one per image. size: height and width in pixels.
     latent_shape: (B, C, h, w). state_dtype: of noise and latents. plan: what is kept for the backward pass.
@@ -266,6 +266,12 @@ class Task:
     def release(self):
         """Leave the model as it came: the caller may use it again."""
         self.model.checkpoint_blocks(False)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.release()
 
 
 def _each(value, count):
