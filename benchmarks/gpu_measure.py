@@ -232,7 +232,7 @@ def work_of(plan, num_steps):
     if plan.num_steps == 0:  # skip_unet
         return {"forward": num_steps, "backward": 0, "decode": 1 + plan.vae_blocks}
     forward = num_steps + plan.recompute(num_steps)
-    forward += num_steps * plan.unet_blocks + num_steps / 2 * plan.split_guidance
+    forward += num_steps * plan.network_blocks + num_steps / 2 * plan.split_guidance
     return {"forward": forward, "backward": num_steps, "decode": 1 + plan.vae_blocks}
 
 
