@@ -34,13 +34,13 @@ def test_every_setting_has_a_help_text():
 
 
 def test_a_models_row_fills_in_what_the_user_left_open(monkeypatch):
-    monkeypatch.setitem(MODELS, "small", lambda: ModelSpec("somewhere", 7, 2.5, (16, 24)))
+    monkeypatch.setitem(MODELS, "small", lambda: ModelSpec("somewhere", 7, 2.5))
     settings = Settings(model="small").resolve()
     assert (settings.num_steps, settings.opt_time, settings.guidance_scale) == (7, 7, 2.5)
-    assert (settings.height, settings.width) == (16, 24)
+    assert (settings.height, settings.width) == (None, None)
     given = Settings(model="small", num_steps=3, guidance_scale=0.0, height=8).resolve()
     assert (given.num_steps, given.opt_time, given.guidance_scale) == (3, 3, 0.0)
-    assert (given.height, given.width) == (8, 24)
+    assert (given.height, given.width) == (8, None)
     # The sprites' row, and a model without one.
     sprites = Settings(model="sprites").resolve()
     assert sprites.num_steps == 25 and model_spec("sprites").source == str(PACKAGE_ROOT / "sprites")
