@@ -5,7 +5,8 @@ import warnings
 import torch
 
 from dno.errors import UserError
-from dno.models.base import Shared, TextToImage
+from dno.models.base import TextToImage
+from dno.models.conditioning import Shared
 from dno.models.specs import TIMESTEP_SPACINGS
 from dno.sampling import Point, Schedule
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 import dno
 from dno.errors import UserError
 from dno.memory import graph_bytes
-from dno.models.base import Conditioning, Shared, _in_precision_of
+from dno.models.base import _in_precision_of
+from dno.models.conditioning import Conditioning, Shared
 from dno.sampling import sample
 
 STEPS = 3
