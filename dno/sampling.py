@@ -92,11 +92,11 @@ def noise_scale(schedule, i, eta):
         renoise:  s = eta * sigma'
         tcd:      s = sqrt(1 - (alpha'/alpha_r)^2), with alpha_r the level of timestep r = floor((1 - eta) * t')
 
-    eta: 0 = the deterministic ODE, for every rule; 1 = for ddpm DDPM's variance, which keeps the marginals; for the two
-        rules of consistency models all of the noise is drawn anew (tcd calls it gamma). Raises ValueError outside [0, 1].
-    Source: ddpm: DDIM (Song et al. 2021, arXiv 2010.02502), section 4.1, written for any (alpha, sigma). renoise:
-    multistep consistency sampling (Song et al. 2023, arXiv 2303.01469). tcd: strategic stochastic sampling of Trajectory
-    Consistency Distillation (Zheng et al. 2024, arXiv 2402.19159).
+    eta: 0 = the deterministic ODE, by every rule; 1 = DDPM's variance by ddpm, which keeps the marginals, and all noise
+        drawn anew by the other two, which are for consistency models. Raises ValueError outside [0, 1].
+    Source: ddpm is DDIM (Song et al. 2021, arXiv 2010.02502), section 4.1, written for any (alpha, sigma); renoise is
+    multistep consistency sampling (Song et al. 2023, arXiv 2303.01469); tcd is Trajectory Consistency Distillation's
+    strategic stochastic sampling (Zheng et al. 2024, arXiv 2402.19159), whose gamma is eta.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; expected a number from 0 (deterministic) to 1 (DDPM's variance)")

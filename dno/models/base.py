@@ -7,86 +7,15 @@ A model is `encode_prompts`, `denoise`, `decode`, `schedule` and `latent_shape`;
 
 import contextlib
 import warnings
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from dno.errors import UserError
+from dno.models.conditioning import Conditioning, leaves, unwrapped
 from dno.models.quiet import quiet
 from dno.models.specs import model_spec
-
-
-@dataclass(frozen=True)
-class Shared:
-    """A value in a `Conditioning` that has no batch: the same for every row."""
-
-    value: object
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the network is told of B prompts, in its precision: keywords of its call.
-
-    positive: tensors and lists have the batch first; dicts are looked into; what has no batch is `Shared` or None.
-    negative: the same for what guidance leads away from, or None if nothing is guided.
-    `conditioning[rows]` takes these rows, which may repeat, in this order.
-    """
-
-    positive: dict
-    negative: dict | None = None
-
-    def __len__(self):
-        return _length(self.positive)
-
-    def __getitem__(self, rows):
-        rows = list(rows)
-        taken = (keywords and _map(partial(_rows, rows), keywords) for keywords in (self.positive, self.negative))
-        return Conditioning(*taken)
-
-    def negated(self):
-        """The negative keywords in the place of the positive ones."""
-        return Conditioning(self.negative)
-
-    def doubled(self):
-        """The negative rows and then the positive ones, 2 B in one batch."""
-        return Conditioning(_map(_joined, self.negative, self.positive))
-
-
-def _map(function, *values):
-    """function at each leaf of dicts of the same keys; what has no batch is the last one's, unchanged."""
-    last = values[-1]
-    if isinstance(last, dict):
-        return {key: _map(function, *(value[key] for value in values)) for key in last}
-    return last if last is None or isinstance(last, Shared) else function(*values)
-
-
-def _rows(rows, value):
-    return [value[row] for row in rows] if isinstance(value, list) else value[rows]
-
-
-def _joined(negative, positive):
-    return negative + positive if isinstance(positive, list) else torch.cat([negative, positive])
-
-
-def _leaves(value):
-    """The leaves of nested dicts that have a batch, one after the other."""
-    if isinstance(value, dict):
-        for inner in value.values():
-            yield from _leaves(inner)
-    elif value is not None and not isinstance(value, Shared):
-        yield value
-
-
-def _length(keywords):
-    return len(next(_leaves(keywords)))
-
-
-def _unwrapped(value):
-    if isinstance(value, dict):
-        return {key: _unwrapped(inner) for key, inner in value.items()}
-    return value.value if isinstance(value, Shared) else value
 
 
 # (x, network output, alpha, sigma) -> (x0, eps), by what the network predicts.
@@ -268,7 +197,7 @@ class TextToImage:
 
     def _keywords(self, x, keywords):
         """What the network is told besides x and timestep."""
-        return _unwrapped(keywords)
+        return unwrapped(keywords)
 
     def clean_and_noise(self, x, output, alpha, sigma):
         """(x0, eps) of the network's output for x = alpha * x0 + sigma * eps, by the model's `prediction_type`.
@@ -413,7 +342,7 @@ def _in_precision_of(network, function, x, keywords):
     if network.dtype != torch.float16:
         return function(x.to(network.dtype)).to(x.dtype)
     if torch.is_grad_enabled():
-        inside = (*network.parameters(), *(leaf for leaf in _leaves(keywords) if isinstance(leaf, torch.Tensor)))
+        inside = (*network.parameters(), *(leaf for leaf in leaves(keywords) if isinstance(leaf, torch.Tensor)))
         if any(tensor.requires_grad for tensor in inside):
             raise _no_training_in_float16()
     # float16 has no room for the small gradients of an image: they cross the network at unit scale, image by image.

@@ -1,11 +1,12 @@
-"""Stable Diffusion 1.x, 2.x and XL, and the turbo models of them: a UNet on discrete, variance-preserving noise levels."""
+"""Stable Diffusion 1.x, 2.x, XL and turbo: a UNet on discrete, variance-preserving noise levels."""
 
 import warnings
 
 import torch
 
 from dno.errors import UserError
-from dno.models.base import Shared, TextToImage
+from dno.models.base import TextToImage
+from dno.models.conditioning import Shared
 from dno.models.specs import TIMESTEP_SPACINGS
 from dno.sampling import Point, Schedule
 
@@ -133,10 +134,7 @@ class StableDiffusion(TextToImage):
         return Point(int(t) if own else t.item(), alpha.item(), sigmas.item())
 
     def _encode(self, prompts, negatives, guided):
-        positive, negative = self._embed(prompts, negatives, guided)
-        return {"encoder_hidden_states": positive}, negative if negative is None else {
-            "encoder_hidden_states": negative
-        }
+        return [e if e is None else {"encoder_hidden_states": e} for e in self._embed(prompts, negatives, guided)]
 
     def _embed(self, prompts, negatives, guided):
         """What the pipeline's own `encode_prompt` returns, in the network's precision."""
