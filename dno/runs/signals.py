@@ -1,4 +1,4 @@
-"""Signals that wait until what must not be cut in two is whole."""
+"""Deferred signals: Ctrl-C and SIGTERM wait until a block that must not be interrupted has finished."""
 
 import contextlib
 import signal
@@ -7,7 +7,7 @@ import threading
 
 @contextlib.contextmanager
 def signals_wait():
-    """Ctrl-C and SIGTERM take effect at the end of the block. In threads, which get no signals, it does nothing."""
+    """Ctrl-C and SIGTERM take effect at the end of the block. Does nothing in threads, which get no signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
