@@ -15,11 +15,10 @@ import weakref
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 from dno.errors import UserError
 from dno.models.specs import PACKAGE_ROOT
 from dno.runs.files import write_whole
+from rewards import to_uint8
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 
@@ -132,9 +131,8 @@ class Run:
         info = PngInfo()
         for key, value in text.items():
             info.add_itxt(key, str(value))
-        pixels = ((image.detach().float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         file = io.BytesIO()
-        Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(file, format="PNG", pnginfo=info, compress_level=4)
+        Image.fromarray(to_uint8(image[None])[0]).save(file, format="PNG", pnginfo=info, compress_level=4)
         self._write(self._picture(name, index).relative_to(self.folder), file.getvalue())
 
     def _picture(self, name, index):

@@ -173,7 +173,7 @@ def test_files(quick, tmp_path):
     names = sorted(str(path.relative_to(result.folder)) for path in result.folder.rglob("*") if path.is_file())
     assert names == sorted(
         ["args.json", "metrics.jsonl", "best_noise.safetensors", "evolution.png", "evolution.gif", "result.json"]
-        + [f"checkpoints/000004/{file}" for file in ("manifest.json", "state.json", "tensors.safetensors")]
+        + ["checkpoints/000004.safetensors"]
         + [f"{name}{b}.png" for name in ("best", "initial", "images/000", "images/002") for b in ("", "_b1")]
     )
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]

@@ -195,7 +195,7 @@ def test_a_rank_that_is_killed(launch, tmp_path, reward):
     flags, began = reward("pass"), time.monotonic()
 
     def kill(pids):
-        while not any((tmp_path / "output").glob("*/checkpoints/000002")):
+        while not any((tmp_path / "output").glob("*/checkpoints/000002.safetensors")):
             assert time.monotonic() - began < 60
             time.sleep(0.01)
         os.kill(pids[1], signal.SIGKILL)
