@@ -33,7 +33,7 @@ class Backpropagation:
     free: slice of the noises that are optimized; the others get no gradient, and no work is done for it.
     """
 
-    no_gradient = "use dno_stable_diffusion_nograd.py for rewards without a gradient"
+    no_gradient = "use --estimator hybrid for rewards without a gradient"
 
     def __init__(self, render, loss, free):
         self.render, self.loss, self.free = render, loss, free

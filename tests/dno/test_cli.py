@@ -300,9 +300,9 @@ def test_bad_rewards_in_a_row_end_the_run_and_keep_what_was_found(call, reward, 
     "body", ["return 0 * images.mean(dim=(1, 2, 3))", "return images.sign().mean(dim=(1, 2, 3))",
              "return images.detach().mean(dim=(1, 2, 3))", "return torch.zeros(len(images))"]
 )  # fmt: skip
-def test_a_reward_without_a_gradient_is_named_with_the_script_for_it(call, reward, tmp_path, body, declared):
+def test_a_reward_without_a_gradient_is_named_with_the_flag_for_it(call, reward, tmp_path, body, declared):
     code, out, err = call(reward(body, declared))
-    assert code == 2 and "error: " in err and "score" in err and "dno_stable_diffusion_nograd.py" in err
+    assert code == 2 and "error: " in err and "score" in err and "--estimator hybrid" in err
     assert "Traceback" not in err and no_folder(tmp_path)
 
 
