@@ -185,3 +185,14 @@ class ProcessTeam(Team):
 def join_team(device, timeout):
     """The team that `accelerate launch` or `torchrun` speaks of in the environment, or this process alone."""
     return ProcessTeam(device, timeout) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else Team()
+
+
+def shares(num_units, ranks, burden=0):
+    """Where each rank's part of `num_units` ends: rank r has units ends[r]..ends[r + 1], ends[0] = 0.
+
+    burden: what rank 0 does in addition, in units. It gets that much less than its even part, the others share the
+        rest.
+    """
+    first = num_units if ranks == 1 else max(0, round((num_units + burden) / ranks - burden))
+    rest, others = num_units - first, max(ranks - 1, 1)
+    return [0] + [first + rest * r // others for r in range(ranks)]

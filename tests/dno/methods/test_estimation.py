@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dno.errors import UserError
-from dno.methods.estimation import ESTIMATORS, Estimation, shares
+from dno.methods.estimation import ESTIMATORS, Estimation
 from dno.methods.gradients import Backpropagation
 from dno.noise import keyed_generator
 
@@ -219,19 +219,3 @@ def test_many_bad_samples_in_a_row_end_the_run_and_a_good_one_breaks_the_row():
 def test_without_a_good_sample_the_gradient_is_nan_so_that_the_step_is_skipped():
     estimate = estimation("hybrid", loss=lossy(set(range(1, 9))), num_samples=2)(start(), [0])
     assert estimate.gradient.isnan().all() and estimate.losses.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("units", "ranks", "burden", "expected"),
-    [
-        (16, 1, 3, [16]),
-        (16, 2, 3, [6, 10]),  # 6 + 3 against 10
-        (16, 2, 0, [8, 8]),
-        (16, 4, 3, [2, 4, 5, 5]),
-        (3, 4, 3, [0, 1, 1, 1]),
-        (2, 4, 3, [0, 0, 1, 1]),
-    ],
-)
-def test_shares_are_even_and_the_first_process_gets_fewer(units, ranks, burden, expected):
-    ends = shares(units, ranks, burden)
-    assert [b - a for a, b in zip(ends, ends[1:])] == expected and ends[-1] == units
