@@ -213,6 +213,21 @@ class Task:
         noise = draw_noise(seeds, settings.num_steps, self.latent_shape[1:], candidate)
         return noise.to(self.device, self.state_dtype)
 
+    @torch.no_grad()
+    def draw_best(self, count):
+        """The best of `count` draws of each image, (T + 1, B, C, h, w); the first of equals."""
+        rows, best, lowest = list(range(self.settings.batch_size)), None, None
+        for k in range(count):
+            noise = self.draw(candidate=k)
+            self.team.send_task(noise[:0], [], -1)  # a sign of life for those who wait for the first task
+            losses, _ = self.losses_or_nan(self.render(noise.unbind(), rows), rows)
+            losses = losses.where(losses.isfinite(), torch.inf)  # what is not finite never wins
+            if best is None:
+                best, lowest = noise, losses
+            better = losses < lowest
+            best[:, better], lowest = noise[:, better], torch.minimum(losses, lowest)
+        return best
+
     def given_noise(self):
         """The noise that the user gave, (T + 1, B, C, h, w) on the device, or None.
 

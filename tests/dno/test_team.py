@@ -11,7 +11,7 @@ import torch
 from dno.errors import UserError
 from dno.noise import load_noise
 from dno.runs.checkpoints import load_newest
-from dno.team import join_team
+from dno.team import join_team, shares
 
 
 def only_run(tmp_path, output="output"):
@@ -172,7 +172,7 @@ def check_ended(results, tmp_path, words, codes=None):
 def test_a_rank_that_raises(launch, tmp_path, reward):
     flags = reward("raise ValueError('the service is gone')")
     results = launch(2, f"{flags} --max_bad_samples 4 --timeout 30")
-    check_ended(results, tmp_path, "4 samples in a row without a finite reward")
+    check_ended(results, tmp_path, "4 consecutive samples without a finite reward")
     assert "rank 1: the reward 'fickle' failed: ValueError: the service is gone (reward.py:" in results[1][2]
 
 
@@ -240,3 +240,19 @@ def test_a_leader_who_tries_many_starts_is_not_taken_for_stalled(launch, tmp_pat
         (tmp_path / "reward.py").read_text().replace("return -images", "time.sleep(0.7)\n        return -images")
     )
     assert [code for code, *_ in launch(2, f"{flags} --best_of 14 --timeout 8 --num_samples 2")] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("units", "ranks", "burden", "expected"),
+    [
+        (16, 1, 3, [16]),
+        (16, 2, 3, [6, 10]),  # 6 + 3 against 10
+        (16, 2, 0, [8, 8]),
+        (16, 4, 3, [2, 4, 5, 5]),
+        (3, 4, 3, [0, 1, 1, 1]),
+        (2, 4, 3, [0, 0, 1, 1]),
+    ],
+)
+def test_shares_are_even_and_the_first_process_gets_fewer(units, ranks, burden, expected):
+    ends = shares(units, ranks, burden)
+    assert [b - a for a, b in zip(ends, ends[1:])] == expected and ends[-1] == units
