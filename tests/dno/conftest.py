@@ -35,7 +35,8 @@ def launch(rank_server, tmp_path, tiny_folder):
     def launch(size, flags, during=None, **defaults):
         settings = {
             "prefix": "SD-NoGrad", "estimator": "hybrid", "model": str(tiny_folder), "num_steps": 3, "opt_steps": 3,
-            "objective": ("contrast",), "num_samples": 6, "save_every": 100, "checkpointing_steps": 1, "draw": False, **defaults,
+            "objective": ("contrast",), "num_samples": 6, "save_every": 100, "checkpointing_steps": 1, "draw": False,
+            **defaults,
         }  # fmt: skip
         request = {"size": size, "flags": flags.split(), "cwd": str(tmp_path), "defaults": settings}
         rank_server.stdin.write(json.dumps(request) + "\n")
