@@ -58,8 +58,8 @@ def build_parser(method, description=None, presets=None, everything=False):
     cls, presets = method.settings_class(), {**method.presets, **(presets or {})}
     summary, _, commands = (description or _describe(method)).strip().partition("\n\n")
     parser = argparse.ArgumentParser(
-        prog=_program(method), usage="%(prog)s [flags]", description=summary, epilog=_epilog(commands), formatter_class=_Help,
-        allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False,
+        prog=_program(method), usage="%(prog)s [flags]", description=summary, epilog=_epilog(commands),
+        formatter_class=_Help, allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False,
     )  # fmt: skip
     hints = get_type_hints(cls)
     basic = None if everything else parser.add_argument_group("flags")
@@ -179,7 +179,7 @@ class _Command:
         if self.prompts or self.seeds:
             return sweep(
                 self.method, self.start.asked, self.prompts, self.seeds, self.prefix, self.team, self.insist
-            )  # fmt: skip
+            )
         self.screen = Screen() if self.team.leads else None
         result = run(self.start, prefix=self.prefix, screen=self.screen, team=self.team, callback=self.insist)
         if self.screen:

@@ -54,7 +54,7 @@ class Task:
         self.dtype = model.dtype if model else resolve_precision(settings.precision, self.device)
         self.precision = next((name for name, dtype in PRECISIONS.items() if dtype == self.dtype), "auto")
         self.state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.prompts, self.negative_prompt = _each(settings.prompt, settings.batch_size), settings.negative_prompt
+        self.prompts = _each(settings.prompt, settings.batch_size)
         self.plan = Plan(0, 0)
         self._check_rewards(reserved)
         self._check_noise(noise)
@@ -114,9 +114,9 @@ class Task:
         self.schedule = self.model.schedule(settings.num_steps, *self.size, settings.timestep_spacing)
         _warn_of_unknown_words(settings)
         self.guided = self.model.needs_negative(settings.guidance_scale)
-        self.conditioning = self.model.encode_prompts(
-            self.prompts, self.negative_prompt, guided=self.guided, **self._sizes()
-        )
+        negative = settings.negative_prompt
+        negative = list(negative) if isinstance(negative, tuple) else negative
+        self.conditioning = self.model.encode_prompts(self.prompts, negative, guided=self.guided, **self._sizes())
         if not self.shared:
             self.model.free_text_encoder()
 

@@ -195,8 +195,9 @@ def test_paths_of_reward_models_are_one_setting():
 
 
 @pytest.mark.parametrize(
-    "flags", ["--num_steps ten", "--lr", "--no-lr", "--patience never", "--help_al", "--precision fp8", "--objective", "--no_such_flag 1", "--obj white", "stray"]
-)
+    "flags", ["--num_steps ten", "--lr", "--no-lr", "--patience never", "--help_al", "--precision fp8", "--objective",
+              "--no_such_flag 1", "--obj white", "stray"],
+)  # fmt: skip
 def test_flags_that_cannot_be_read(call, tmp_path, flags):
     code, _, err = call(flags)
     assert code == 2 and err.splitlines()[-1].startswith("script.py: error:") and no_folder(tmp_path)
@@ -320,7 +321,8 @@ def test_flags_reach_the_model(call, loads, tiny_folder):
         raise cli.UserError(repr((args, kwargs)))
 
     loads(load)
-    _, _, err = call(f"--precision bf16 --variant abc --lora x:0.5 --model_config {tiny_folder} --vae {tiny_folder}/vae")
+    where = f"--model_config {tiny_folder} --vae {tiny_folder}/vae"
+    _, _, err = call(f"--precision bf16 --variant abc --lora x:0.5 {where}")
     for value in (str(tiny_folder), torch.bfloat16, torch.device("cpu"), "abc", "x:0.5", f"{tiny_folder}/vae", "auto"):
         assert repr(value) in err and err.count("\n") == 1
 
