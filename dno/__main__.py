@@ -6,6 +6,7 @@ python -m dno --resume output/BestOfN-20260101-120000     whatever method the ru
 python -m dno report output/SD-*                          a page of one or several runs
 """
 
+import argparse
 import importlib
 import json
 import sys
@@ -30,6 +31,7 @@ def overview():
 
 def main(arguments=None):
     from dno.cli import BAD_INPUT, fail, run_method
+    from dno.errors import UserError
 
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -41,25 +43,33 @@ def main(arguments=None):
     elif name in METHODS:
         run_method(name, arguments[1:])
     elif name.startswith("-"):
-        if (method := _method_of(arguments)) not in METHODS:
+        if (method := _method_of(arguments)) is None:
             fail(f"which method? expected one of {', '.join(METHODS)} before {name}", BAD_INPUT)
-        run_method(method, arguments)
+        try:
+            run_method(method, arguments)
+        except UserError as error:  # not one of ours
+            fail(str(error), BAD_INPUT)
     else:
         known = ", ".join([*METHODS, *COMMANDS])
         fail(f"{name!r} is neither a method nor a command; expected one of {known}", BAD_INPUT)
 
 
 def _method_of(arguments):
-    """The method that the run of --resume, or the file of --config, is of; None if there is none."""
-    for flag, file in (("--resume", "args.json"), ("--config", "")):
-        if flag in arguments[:-1]:
-            path = Path(arguments[arguments.index(flag) + 1]).expanduser() / file
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                return found.get("method", "dno")
-            except (OSError, ValueError, AttributeError):
-                return "dno"  # which will say what is wrong with the file
-    return None
+    """The method that the run of --resume, or the file of --config, is of; None if neither is given."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    flags.add_argument("--resume")
+    flags.add_argument("--config")
+    try:
+        given, _ = flags.parse_known_args(arguments)
+    except argparse.ArgumentError:  # a flag without its value, which the method's own parser reports
+        return "dno"
+    if given.resume is None and given.config is None:
+        return None
+    path = Path(given.config or "") if given.resume is None else Path(given.resume, "args.json")
+    try:
+        return json.loads(path.expanduser().read_text(encoding="utf-8"))["method"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return "dno"  # which says what is wrong with the file, or takes it as its own
 
 
 if __name__ == "__main__":

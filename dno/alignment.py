@@ -2,19 +2,17 @@
 
 import builtins
 import contextlib
-import json
 import warnings
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from dno.errors import UserError
 from dno.memory import out_of_memory_explained
-from dno.methods import method_class
+from dno.models.base import TextToImage
 from dno.report.figures import draw_run
-from dno.resume import resumed
+from dno.resume import FROM_PYTHON, prepare
 from dno.runs.recorder import Recorder
 from dno.task import Loaded, Task
 
@@ -46,7 +44,7 @@ class Alignment:
 
 def align(
     model=None, *, method=None, noise=None, callback=None, output=None, resume=None, config=None, folder=None,
-    screen=None, prefix=None, team=None, loaded=None, **settings,
+    team=None, loaded=None, **settings,
 ):  # fmt: skip
     """Align images with a reward by a method, and return the best of them as an `Alignment`.
 
@@ -65,127 +63,106 @@ def align(
     settings: any other setting of the method; the flags have the same names. `prompt` may be a list, one per image;
         `objective` a name, a list of names, or a dict of weights by name. The settings of the reward models,
         `reward_paths` among them, replace what `rewards.configure` was told.
-    screen, prefix, team, loaded: for the command line and sweeps: what to show, the folder's name, the processes that
-        share the work (each calls `align`; all but the first get None), and a `dno.task.Loaded` to share.
+    team: the processes that share the work (see `dno.team`); each calls `align`, and all but the first get None.
+    loaded: a `dno.task.Loaded` that several runs of the same model and rewards share.
 
     Raises UserError, a ValueError with one line, for bad input. If anything else ends the run, Ctrl-C among it, all
     that was found is on disk with a checkpoint, and the exception's `result` is the Alignment so far, or None; in a
     notebook Ctrl-C returns it instead.
     """
-    if isinstance(model, str | Path):
-        settings["model"] = str(model)
-    elif model is not None:
+    _check_arguments(callback, resume=resume, config=config, folder=folder)
+    objects = {}  # what no file can name
+    if isinstance(model, TextToImage):
         if late := settings.keys() & LOADED_WITH:
             raise UserError(f"{', '.join(sorted(late))}: the model is loaded already; give it to load_model")
-        settings["model"], loaded = model.name, Loaded(model)
-    if not isinstance(noise, torch.Tensor):
-        settings |= {} if noise is None else {"noise": noise}
-        noise = None
+        settings["model"], loaded, objects["model"] = model.name, Loaded(model), FROM_PYTHON
+    elif model is not None:
+        settings["model"] = model
+    if isinstance(noise, torch.Tensor):
+        if resume is not None:
+            raise UserError("noise: the run to resume has its own; leave it out")
+        settings["noise"], objects["noise"] = None, FROM_PYTHON
+    elif noise is not None:
+        settings["noise"], noise = noise, None
     if output is not None:
         settings["output"] = output
-    checkpoint = None
-    if resume is not None:
-        method, asked, settings, checkpoint = resumed(resume, settings, method)
-        method = method_class(method)
-    else:
-        method, asked = configured(config, method, settings)
-        method = method_class(method)
-        settings = make_settings(method, {"output": None, **asked})
-        asked = asdict(settings) | asked
-        settings = settings.resolve()
+    start = prepare(settings, method, config, resume, defaults={"output": None})
+    start = replace(start, asked=start.asked | objects)
+    return run(start, noise=noise, callback=callback, folder=folder, team=team, loaded=loaded)
+
+
+def run(
+    start, *, noise=None, callback=None, folder=None, prefix=None, screen=None, team=None, loaded=None
+):  # fmt: skip
+    """Do a run that is prepared, as `align` does.
+
+    start: a `dno.resume.Start`. noise: a tensor to start from. prefix: of the folder's name. screen: a
+    `dno.runs.screen.Screen`. The others are `align`'s.
+    """
+    method, settings = start.method, start.settings
     if team is not None and team.size > 1 and not method.shares_work(settings):
         raise UserError(
             f"{team.size} processes and one run; give --prompts or --seeds, which are shared out to them, or "
             "a method that shares its work, such as --estimator hybrid"
         )
-    recorder = Recorder(settings, method, checkpoint, screen, callback, draw_run)
+    recorder = Recorder(settings, method, start.checkpoint, screen, callback, draw_run)
+
+    def open_folder():
+        if team is None or team.leads:
+            recorder.open(start.folder or folder, prefix or method.prefix)
+
     # Whatever the caller has switched off, gradients are needed here.
-    with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
-        stack.callback(recorder.close)
-        make_task = partial(
-            Task,
-            settings,
-            noise,
-            needs_gradient=method.needs_gradient(settings),
-            team=team,
-            loaded=loaded,
-            reserved=("probability", "probability_min", *method.columns),
-        )
-        return _run(make_task, method, recorder, asked, resume or folder, prefix or method.prefix, stack)
+    with torch.inference_mode(False), torch.enable_grad(), contextlib.closing(recorder):
+        try:
+            with (
+                out_of_memory_explained(),
+                Task(
+                    settings, noise, needs_gradient=method.needs_gradient(settings), team=team, loaded=loaded,
+                    reserved=("probability", "probability_min", *method.columns), before_loading=open_folder,
+                ) as task,
+            ):  # fmt: skip
+                return _iterate(method(task), recorder, start.asked)
+        except BaseException as error:
+            recorder.save_what_there_is()
+            error.result = _result(recorder) if recorder.metrics and recorder.state else None
+            if isinstance(error, KeyboardInterrupt) and error.result and hasattr(builtins, "__IPYTHON__"):
+                warnings.warn(f"stopped by Ctrl-C after {len(recorder.metrics)} iterations", stacklevel=3)
+                return error.result
+            raise
 
 
-def _run(make_task, method, recorder, asked, folder, prefix, stack):
-    state = None
-    try:
-        with out_of_memory_explained():
-            team = make_task.keywords["team"]
-            leads = team is None or team.leads
-            task = make_task(before_loading=(lambda: recorder.open(folder, prefix)) if leads else lambda: None)
-            stack.callback(task.release)
-            method = method(task)
-            if not leads:
-                return method.serve()
-            recorder.begin(task, method, asked)
-            state = method.blank() if recorder.checkpoint else method.start()
-            recorder.follow(state)
-            for found in method.iterations(state):
-                recorder.record(found)
-                if recorder.done:
-                    break
-            task.team.dismiss()
-            result = _result(recorder, state)
-            recorder.finish(result)
-    except BaseException as error:
-        recorder.save_what_there_is()
-        error.result = _result(recorder, state) if recorder.metrics and state else None
-        if isinstance(error, KeyboardInterrupt) and error.result and hasattr(builtins, "__IPYTHON__"):
-            warnings.warn(f"stopped by Ctrl-C after {len(recorder.metrics)} iterations", stacklevel=3)
-            return error.result
-        raise
-    if recorder.screen:
-        recorder.screen.end(result)
+def _iterate(method, recorder, asked):
+    team = method.task.team
+    if not team.leads:
+        return method.serve()
+    recorder.begin(method, asked)
+    state = method.blank() if recorder.checkpoint else method.start()
+    recorder.follow(state)
+    for found in method.iterations(state):
+        recorder.record(found)
+        if recorder.done:
+            break
+    team.dismiss()
+    result = _result(recorder)
+    recorder.finish(result)
     return result
 
 
-def _result(recorder, state):
+def _result(recorder):
     return Alignment(
         images=recorder.best_images(),
         rewards=torch.tensor([best.reward for best in recorder.best]),
         steps=[best.step for best in recorder.best],
-        stopped=list(state.stopped),
+        stopped=list(recorder.state.stopped),
         noise=recorder.best_noise(),
         metrics=recorder.metrics,
         folder=None if recorder.folder is None else recorder.folder.folder,
     )
 
 
-def make_settings(method, given):
-    """The settings of a method, with its presets, not yet resolved. Raises UserError for names that it has not."""
-    cls = method.settings_class()
-    unknown = given.keys() - {f.name for f in fields(cls)}
-    if unknown:
-        raise UserError(
-            f"{method.name} has no setting {', '.join(sorted(unknown))}; python -m dno {method.name} --help_all lists "
-            "them"
-        )
-    return cls(**{**method.presets, **given})
-
-
-def configured(config, method, given):
-    """(the method's name, settings by name) of a configuration file and of what is given besides, which wins."""
-    if config is None:
-        return method or "dno", given
-    path = Path(config).expanduser()
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--config {path} cannot be read: {error}; expected an args.json") from error
-    if not isinstance(found, dict) or not isinstance(found.get("settings", {}), dict):
-        raise UserError(f"--config {path} is not a JSON object with 'method' and 'settings'; expected an args.json")
-    if "settings" not in found and "git_revision" in found:
-        raise UserError(f"--config {path} is of an earlier version, which kept no settings as they were asked for")
-    name = found.get("method", "dno")
-    if method not in (None, name):
-        raise UserError(f"--config {path} is for the method {name!r}; got {method!r}")
-    known = found["settings"] if "settings" in found else {k: v for k, v in found.items() if k != "method"}
-    return name, {**known, **given}
+def _check_arguments(callback, **paths):
+    if callback is not None and not callable(callback):
+        raise UserError(f"callback is {callback!r}; expected a function that takes one iteration's metrics, a dict")
+    for name, path in paths.items():
+        if path is not None and not isinstance(path, str | Path):
+            raise UserError(f"{name} is {path!r}; expected a path")

@@ -58,7 +58,7 @@ def build_parser(method, description=None, presets=None, everything=False):
     cls, presets = method.settings_class(), {**method.presets, **(presets or {})}
     summary, _, commands = (description or _describe(method)).strip().partition("\n\n")
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags]", description=summary, epilog=_epilog(commands), formatter_class=_Help,
+        prog=_program(method), usage="%(prog)s [flags]", description=summary, epilog=_epilog(commands), formatter_class=_Help,
         allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False,
     )  # fmt: skip
     hints = get_type_hints(cls)
@@ -70,6 +70,8 @@ def build_parser(method, description=None, presets=None, everything=False):
                 default = presets.get(f.name, f.default)
                 text = _help(f.metadata["help"] if everything else f.metadata["basic"], default)
                 argument = _argument(hints[f.name], f.metadata["argument"])
+                if hints[f.name] is bool:
+                    argument["on"] = default
                 if not everything and "choices" in argument:
                     argument["metavar"] = "NAME"
                 place.add_argument(f"--{f.name}", help=text, **argument)
@@ -151,43 +153,37 @@ class _Command:
             raise self.stop
 
     def check(self):
-        from dno.alignment import configured, make_settings
+        from dno.resume import prepare
 
-        if self.resume is None:
-            if self.config is None:
-                self.settings = {**self.presets, **self.given}
-            else:
-                _, self.settings = configured(self.config, self.method.name, self.given)
-            self.known = make_settings(self.method, self.settings).resolve()
-        elif self.prompts or self.seeds or self.config:
+        if self.resume is not None and (self.prompts or self.seeds):
             raise UserError(
                 "--resume is for one run, which has its settings; to resume several, repeat the command of --prompts "
                 "or --seeds"
             )
-        else:
-            from dno.resume import resumed
-
-            self.settings = self.given
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # `align` says it
-                _, _, self.known, _ = resumed(self.resume, self.given, self.method.name)
+        self.start = prepare(self.given, self.method.name, self.config, self.resume, self.presets)
+        if self.start.settings.output is None and self.resume is None:
+            # The configuration is of a run from Python, which writes nothing unless it is told to.
+            self.given["output"] = self.method.settings_class().output
+            self.start = prepare(self.given, self.method.name, self.config, self.resume, self.presets)
 
     def run(self):
-        from dno.alignment import align
+        from dno.alignment import run
         from dno.runs.screen import Screen
         from dno.sweep import sweep
         from dno.team import join_team
 
-        self.team = join_team(self.known.device, self.known.timeout)
+        settings = self.start.settings
+        self.team = join_team(settings.device, settings.timeout)
         if not self.team.leads:
             warnings.showwarning = functools.partial(_show_warning, rank=self.team.rank)
         if self.prompts or self.seeds:
-            return sweep(self.method, self.settings, self.prompts, self.seeds, self.prefix, self.team, self.insist)
+            return sweep(
+                self.method, self.start.asked, self.prompts, self.seeds, self.prefix, self.team, self.insist
+            )  # fmt: skip
         self.screen = Screen() if self.team.leads else None
-        align(
-            **self.settings, method=self.method.name, prefix=self.prefix, resume=self.resume, screen=self.screen,
-            team=self.team, callback=self.insist,
-        )  # fmt: skip
+        result = run(self.start, prefix=self.prefix, screen=self.screen, team=self.team, callback=self.insist)
+        if self.screen:
+            self.screen.end(result)
 
     def end(self, why, code):
         """Say why, what is left and how to resume, and exit."""
@@ -209,9 +205,17 @@ class _Command:
             return ""
         if not (Path(folder) / "checkpoints").is_dir():
             return f"; partial results are in {folder}"
-        script = sys.argv[0]
-        program = "-m dno" if script.endswith("__main__.py") else shlex.quote(script)
+        program = "-m dno" if _by_name() else shlex.quote(sys.argv[0])
         return f"; partial results are in {folder}; to resume:\n  python {program} --resume {shlex.quote(str(folder))}"
+
+
+def _by_name():
+    """Whether `python -m dno` was started, not a script."""
+    return Path(sys.argv[0]).name == "__main__.py"
+
+
+def _program(method):
+    return f"python -m dno {method.name}" if _by_name() else Path(sys.argv[0]).name
 
 
 def fail(why, code):
@@ -230,8 +234,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=36, width=116)
 
     def _format_action_invocation(self, action):
-        if isinstance(action, _Switch):  # all of them have an off, which the end of the help says
-            return action.option_strings[0]
+        if isinstance(action, _Switch):
+            return action.option_strings[1 if action.on else 0]
         return super()._format_action_invocation(action)
 
     def _format_args(self, action, default_metavar):
@@ -246,9 +250,7 @@ class _HelpAll(argparse.Action):
         self.build = build
 
     def __call__(self, parser, *_):
-        full = self.build()
-        full.prog = parser.prog
-        full.print_help()
+        self.build().print_help()
         parser.exit()
 
 
@@ -256,9 +258,8 @@ def _help(text, default):
     """The help text of a flag, with its default unless the text says it or there is none."""
     if text is None:
         return argparse.SUPPRESS
-    shown = "on" if default is True else default
-    shown = " ".join(map(str, shown)) if isinstance(shown, list | tuple) else shown
-    if shown is None or shown is False or shown == "" or "default" in text:
+    shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
+    if shown is None or isinstance(shown, bool) or shown == "" or "default" in text:
         return text.replace("%", "%%")
     return f"{text} [{shown}]".replace("%", "%%")
 
@@ -285,7 +286,11 @@ def _optional(kind):
 
 
 class _Switch(argparse.BooleanOptionalAction):
-    """--flag and --no-flag."""
+    """--flag and --no-flag; the help shows the one that changes the default, `on`."""
+
+    def __init__(self, *args, on=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.on = on
 
 
 def _describe(method):

@@ -6,6 +6,7 @@ into one flat dataclass: `Model` comes first, then the method's groups, then tho
 
 import importlib.util
 import math
+import reprlib
 import types
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache
@@ -196,13 +197,13 @@ class Sampling(Group):
             value[0] if isinstance(value, tuple) and len(value) == 1 else value
             for value in (self.prompt, self.negative_prompt)
         )
-        images = next((len(value) for value in (prompt, negative) if isinstance(value, tuple)), 1)
+        images = max((len(value) for value in (prompt, negative) if isinstance(value, tuple)), default=1)
         return {
             "num_steps": spec.num_steps if self.num_steps is None else self.num_steps,
             "guidance_scale": spec.guidance_scale if self.guidance_scale is None else self.guidance_scale,
             "eta": spec.eta if self.eta is None else self.eta,
             "prompt": prompt, "negative_prompt": negative,
-            "batch_size": images if self.batch_size == 1 else self.batch_size,
+            "batch_size": images if self.batch_size == 1 and images else self.batch_size,
         }  # fmt: skip
 
     def check(self):
@@ -210,6 +211,8 @@ class Sampling(Group):
             raise UserError(f"--seed is {self.seed}; expected less than 2 ** 63")
         for name in ("prompt", "negative_prompt"):
             value = getattr(self, name)
+            if value == ():
+                raise UserError(f"--{name} is an empty list; expected a text, or one per image")
             if isinstance(value, tuple) and len(value) != self.batch_size:
                 raise UserError(
                     f"--{name} has {len(value)} entries for {self.batch_size} images; expected one, or one per image"
@@ -353,9 +356,13 @@ class Settings:
         """The names of the settings that a resumed run may change."""
         return [f.name for f in fields(cls) if f.metadata["changeable"]]
 
+    def typed(self):
+        """These settings in the types of their hints: a list as a tuple, a path as text. Raises UserError."""
+        return replace(self, **{f.name: _typed(self, f) for f in fields(self)})
+
     def resolve(self):
         """These settings, checked, with the model's and the method's own values filled in. Raises UserError."""
-        settings = replace(self, **{f.name: _typed(self, f) for f in fields(self)})
+        settings = self.typed()
         for group in self.groups():
             settings = replace(settings, **group.resolved(settings))
         for f in fields(settings):
@@ -388,7 +395,8 @@ def _typed(settings, f):
         converted = _as(kind, value)
         if converted is not _WRONG:
             return converted
-    raise UserError(f"--{f.name} is {value!r} ({type(value).__name__}); expected {_describe(hint)}")
+    got = " ".join(reprlib.repr(value).split())  # a tensor's has many lines
+    raise UserError(f"--{f.name} is {got} ({type(value).__name__}); expected {_describe(hint)}")
 
 
 _WRONG = object()

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 
-from dno.alignment import align, make_settings
+from dno.alignment import align
 from dno.errors import UserError
+from dno.methods import method_class
 from dno.objectives import METRICS
+from dno.resume import make_settings
 from dno.runs.checkpoints import load_newest
 from dno.runs.files import write_whole
 from dno.runs.folder import lock_folder
@@ -111,8 +113,6 @@ def _one(run, path, stage, shared_by, team, count, callback):
             if stage == NEW and path.is_dir():  # stopped before its first checkpoint
                 shutil.rmtree(path, ignore_errors=True)
         if stage == STARTED:
-            from dno.methods import method_class
-
             changeable = method_class(run.method).settings_class().changeable()
             given = {name: run.settings[name] for name in changeable if name in run.settings}
             result = align(resume=path, method=run.method, **common, **given)

@@ -13,7 +13,7 @@ from dno.memory import Plan, choose_plan
 from dno.models.loading import check_model, load_model
 from dno.models.specs import PRECISIONS, model_spec, resolve_device, resolve_precision
 from dno.noise import check_noise, draw_noise, load_noise
-from dno.objectives import Losses, parse_evaluations, parse_objectives
+from dno.objectives import METRICS, Losses, parse_evaluations, parse_objectives
 from dno.sampling import sample
 from dno.team import Team
 
@@ -37,7 +37,7 @@ class Task:
     team: the processes of the run.
     loaded: what is there already, which this run leaves as it is; what is missing is loaded into it.
     before_loading: called when all is checked, and nothing is loaded.
-    Raises UserError for whatever is wrong.
+    As a context it releases the model at the end. Raises UserError for whatever is wrong.
 
     model, schedule, conditioning, team, device: as named. prompts: one per image. size: height and width in pixels.
     latent_shape: (B, C, h, w). state_dtype: of noise and latents. plan: what is kept for the backward pass.
@@ -67,8 +67,9 @@ class Task:
 
     def _check_rewards(self, reserved):
         settings = self.settings
-        self.objectives = parse_objectives(settings.objective, rewards.RFUNCTIONS)
-        self.evaluations = parse_evaluations(settings.evaluate, rewards.RFUNCTIONS)
+        reserved = (*METRICS, *reserved)
+        self.objectives = parse_objectives(settings.objective, rewards.RFUNCTIONS, reserved)
+        self.evaluations = parse_evaluations(settings.evaluate, rewards.RFUNCTIONS, reserved)
         for objective in self.objectives:
             if getattr(objective.factory, "evaluation_only", False):
                 raise UserError(f"{objective.name!r} is a judge, which optimizing would corrupt; use --evaluate for it")
@@ -79,9 +80,6 @@ class Task:
                 )
         for name in {o.name for o in self.objectives} & {e.name for e in self.evaluations}:
             raise UserError(f"{name!r} is both an objective and an evaluation; an objective is recorded already")
-        for reward in (*self.objectives, *self.evaluations):
-            if reward.name in reserved:
-                raise UserError(f"the reward {reward.name!r} has the name of another metric; rename the function")
 
     def _check_noise(self, noise):
         settings = self.settings
@@ -259,13 +257,19 @@ class Task:
     def use(self, plan):
         """Follow this plan from now on."""
         self.plan = plan
-        self.model.checkpoint_blocks(plan.unet_blocks, plan.vae_blocks)
+        self.model.checkpoint_blocks(plan.network_blocks, plan.vae_blocks)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def release(self):
         """Leave the model as it came: the caller may use it again."""
         self.model.checkpoint_blocks(False)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.release()
 
 
 def _each(value, count):

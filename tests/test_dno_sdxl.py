@@ -150,7 +150,7 @@ def test_out_of_memory_falls_to_the_next_leaner_plan_in_the_same_iteration_and_l
         result = align(**settings)
     said = [str(warning.message) for warning in seen if "out of memory" in str(warning.message)]
     assert said == [
-        f"iteration 1: out of memory; going on with {plan}"
+        f"iteration 1: out of memory; continuing with {plan}"
         for plan in ("partial (1 of 3 steps keep their graph)", "step", "block", "block, split guidance")
     ]
     assert [m["step"] for m in result.metrics] == [0, 1, 2]

@@ -14,7 +14,7 @@ METHODS = {
 
 def method_class(name):
     """The class of a method by its name. Raises UserError for an unknown one."""
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         from dno.errors import UserError
 
         raise UserError(f"no method is called {name!r}; expected one of {', '.join(METHODS)}")

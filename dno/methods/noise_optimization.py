@@ -252,9 +252,9 @@ class NoiseOptimization(Method):
                         state.images[b].update(gradient[:, row], settings.max_grad_norm)
                     else:
                         self._skip(state, b, step, reward, norm)
+                state.failed = all(image.bad_steps >= MAX_BAD_STEPS for image in state.images)
             yield found
-            if all(image.bad_steps >= MAX_BAD_STEPS for image in state.images):
-                state.failed = True
+            if state.failed:
                 raise UserError(
                     f"no image had a finite reward and gradient for {MAX_BAD_STEPS} consecutive iterations, the last "
                     f"at iteration {step}; check the objective, lower --lr, or use --precision fp32"

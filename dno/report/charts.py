@@ -1,6 +1,6 @@
-"""The curves of a report: an SVG of the lines, with ticks and markers laid over it as text.
+"""Charts of a report page: an SVG of the curves, with ticks and markers laid over it as text.
 
-The lines stretch with the page while their width, and the size of the text, stay: so the plot is in per cent of its
+The curves stretch with the page while their width, and the size of the text, stay: so the plot is in per cent of its
 box, and what must not be stretched is HTML beside the SVG. The page's script moves the markers, by the `data-` values.
 """
 
@@ -8,12 +8,13 @@ import html
 import math
 from typing import NamedTuple
 
-P_FLOOR = 1e-12  # P(z) falls without end; below this there is nothing more to say
+from dno.report.reading import P_FLOOR, log_axis, say, ten_to
+
 PALETTE = 6  # colours in report.html, --c0 and on; further runs are dashed
 
 
 class Curve(NamedTuple):
-    """One line. values: floats, or None where there is none; best: the step to ring; least: drawn as a lower bound."""
+    """One line. values: floats, or None if there is none; best: the step to ring; least: drawn as a lower bound."""
 
     run: int
     image: int
@@ -24,19 +25,19 @@ class Curve(NamedTuple):
     least: bool = False
 
 
-def chart(metric, title, note, curves, log=False):
+def chart(metric, title, note, curves, steps, log=False):
     """The figure of one metric over the iterations, for all runs and images; image 0 of each run stands out.
 
     metric: its name in the data of the page's script; title, note: plain text over the plot.
+    steps: the iterations of the whole page, sorted, since all its charts have the same axis.
     log: a logarithmic axis from P = 1 down.
-    Returns HTML, or "" where no value is a number.
+    Returns HTML, or "" if no value is a number.
     """
     known = [value for curve in curves for value in curve.values if value is not None]
     if not known:
         return ""
-    steps = sorted({step for curve in curves for step in curve.steps})
     left, right = (steps[0], steps[-1]) if len(steps) > 1 else (steps[0] - 0.5, steps[0] + 0.5)
-    low, high, rules = _log_axis(known) if log else _linear_axis(known)
+    low, high, rules = log_axis(min(known)) if log else _linear_axis(known)
 
     def x(step):
         return 100 * (step - left) / (right - left)
@@ -76,20 +77,6 @@ def chart(metric, title, note, curves, log=False):
     )
 
 
-def say(value):
-    """A number as a reader wants it: four decimals, fewer where it is large, a power of ten where it is small.
-
-    report.html has the same function.
-    """
-    if value is None:
-        return "–"
-    size = abs(value)
-    if size and not 1e-3 <= size < 1e6:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa}×{_ten_to(int(exponent))}".replace("-", "−")
-    return f"{value:.{4 if size < 10 else max(0, 4 - int(math.log10(size)))}f}".replace("-", "−")
-
-
 def _path(points):
     """SVG path data; a None breaks the line, and a point between two breaks is a short dash."""
     parts, pen = [], False
@@ -121,18 +108,8 @@ def _tick_labels(ticks):
     power = 0 if not size or 1e-3 <= size < 1e6 else math.floor(math.log10(size))
     shown = [f"{at / 10.0**power:.6g}" for at in ticks]
     decimals = max((len(words.partition(".")[2]) for words in shown), default=0)
-    unit = f"×{_ten_to(power)}" if power else ""
+    unit = f"×{ten_to(power)}" if power else ""
     return [f"{float(words):.{decimals}f}{unit if float(words) else ''}".replace("-", "−") for words in shown]
-
-
-def _log_axis(values):
-    """From P = 1 down to the decade of the lowest value, two decades at least; the ticks are exponents."""
-    floor = min(-2, math.floor(math.log10(max(min(values), P_FLOOR)) + 1e-9))
-    ticks = range(0, floor - 1, -max(1, -floor // 4))
-    cut = round(math.log10(P_FLOOR))
-    return floor, -0.03 * floor, [
-        (at, ("≤" if at == cut else "") + {0: "1", -1: "0.1", -2: "0.01"}.get(at, _ten_to(at))) for at in ticks
-    ]  # fmt: skip
 
 
 def _whole_ticks(steps):
@@ -146,12 +123,8 @@ def _nice(least, factors=(1, 2, 2.5, 5, 10)):
     return next((factor * power for factor in factors if factor * power >= least * (1 - 1e-9)), 10 * power)
 
 
-def _ten_to(exponent):
-    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
 def _in_words(title, curves):
-    """What the lines show, for who cannot see them."""
+    """What the curves show, for readers who cannot see them."""
     words = []
     for curve in curves:
         known = [(step, value) for step, value in zip(curve.steps, curve.values, strict=True) if value is not None]

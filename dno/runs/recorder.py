@@ -45,9 +45,9 @@ class Recorder:
         elif folder is not None or self.settings.output is not None:
             self.folder = Run(self.settings.output, prefix, folder)
 
-    def begin(self, task, method, asked):
+    def begin(self, method, asked):
         """Say what will be done. asked: the settings as the user gave them, for args.json."""
-        self.task, self.method = task, method
+        self.task, self.method = method.task, method
         self.about = self._describe(asked)
         if self.folder is not None:
             self.folder.write_args(self.about, done=len(self.metrics))

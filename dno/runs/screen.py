@@ -8,12 +8,12 @@ from tqdm import tqdm
 class Screen:
     """Banner, bar and outcome of one run, on standard output but for the bar, which goes to standard error."""
 
-    folder = bar = None
+    folder = picture = bar = None
 
     def begin(self, about, rows, done=0):
         """about: what args.json holds. rows: the method's own, by name. done: iterations before this start."""
         run = about["resolved"]
-        self.folder = run["folder"]
+        self.folder, self.picture = run["folder"], "evolution.png" if run["draw"] else "best.png"
         size = f"{run['height']} x {run['width']} px"
         images = "1 image" if run["batch_size"] == 1 else f"{run['batch_size']} images"
         prompts = run["prompt"] if isinstance(run["prompt"], tuple) else (run["prompt"],)
@@ -51,6 +51,7 @@ class Screen:
         for b, (reward, step, stopped) in enumerate(zip(result.rewards, result.steps, result.stopped, strict=True)):
             image = f"image {b}: " if len(result.steps) > 1 else ""
             why = f" (stopped: {stopped})" if stopped else ""
-            print(f"{image}best reward {reward:.4f} at iteration {step}, {first[b]:.4f} at iteration 0{why}")
+            best = "no finite reward" if step is None else f"best reward {reward:.4f} at iteration {step}"
+            print(f"{image}{best}, {first[b]:.4f} at iteration 0{why}")
         if result.folder is not None:
-            print(f"images: {result.folder / 'evolution.png'}")
+            print(f"images: {result.folder / self.picture}")

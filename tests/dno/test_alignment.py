@@ -161,8 +161,8 @@ def test_bad_input_is_one_line_and_leaves_no_folder(quick, tmp_path, settings, m
 
 
 def test_unknown_words_are_named(tiny_folder, monkeypatch):
-    spec = dno.models.stable_diffusion.ModelSpec(str(tiny_folder), num_steps=2, words=("white", "duck"))
-    monkeypatch.setitem(dno.models.stable_diffusion.MODELS, "toy", lambda: spec)
+    spec = dno.models.specs.ModelSpec(str(tiny_folder), num_steps=2, words=("white", "duck"))
+    monkeypatch.setitem(dno.models.specs.MODELS, "toy", lambda: spec)
     with pytest.warns(UserWarning, match="toy was not trained on 'zebra'; it knows white, duck"):
         result = align(model="toy", prompt="White zebra", opt_steps=1)
     assert len(result.noise) == 3, "the row's own number of steps"
