@@ -50,14 +50,15 @@ def sweep(method, settings, prompts, seeds, prefix, team, callback=lambda metric
     resolved = make_settings(method, settings).resolve()
     if resolved.output is None or resolved.noise is not None:
         raise UserError("several runs need --output, and start from their own noise; leave --noise out")
-    pairs = [(p, s) for p in _prompts(prompts, resolved) for s in dict.fromkeys(seeds or [resolved.seed])]
+    texts = [resolved.prompt] if prompts is None else read_prompts(prompts)
+    pairs = [(p, s) for p in texts for s in dict.fromkeys(seeds or [resolved.seed])]
     may_differ = {*method.settings_class().changeable(), "prompt", "seed", "output"}
     may_differ -= {"opt_steps", *StopRules.__dataclass_fields__}
     same = {name: value for name, value in asdict(resolved).items() if name not in may_differ}
     digest = hashlib.sha256(json.dumps({"method": method.name, **same}, sort_keys=True).encode()).hexdigest()[:8]
     folder, loaded = Path(resolved.output).expanduser() / f"{prefix}-sweep-{digest}", Loaded()
     runs = [
-        RunSpec(_name(p, s), method.name, {**settings, "prompt": p, "seed": s}, f"{p!r}, seed {s}", loaded)
+        RunSpec(run_name(p, s), method.name, {**settings, "prompt": p, "seed": s}, f"{p!r}, seed {s}", loaded)
         for p, s in pairs
     ]
     about = {"method": method.name, "settings": asdict(resolved)}
@@ -131,9 +132,8 @@ def _one(run, path, stage, shared_by, team, count, callback):
             print(f"{count}  {run.title}: {first:.4f} -> {best:.4f}", flush=True)
 
 
-def _prompts(file, settings):
-    if file is None:
-        return [settings.prompt]
+def read_prompts(file):
+    """The prompts in a text file, one per line, each once. Raises UserError."""
     try:
         lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -146,7 +146,8 @@ def _prompts(file, settings):
     return prompts
 
 
-def _name(prompt, seed):
+def run_name(prompt, seed):
+    """The name of a run's folder within a sweep: readable, and different for different prompts."""
     prompt = prompt if isinstance(prompt, str) else " ".join(prompt)
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
     return f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}-s{seed}"
