@@ -161,7 +161,8 @@ def _measure_plan(job, model, precision):
     warm_up = 2 if job.compiled else 1  # compiled code may be compiled again when it is met a second time
     settings = {
         "height": job.size, "width": job.size, "num_steps": job.num_steps, "eta": ETA, "gamma": GAMMA,
-        "guidance_scale": GUIDANCE_SCALE, "opt_steps": warm_up + job.iterations, "objective": "black", **PLANS[job.plan],
+        "guidance_scale": GUIDANCE_SCALE, "opt_steps": warm_up + job.iterations, "objective": "black",
+        **PLANS[job.plan],
     }  # fmt: skip
     with make_task("dno", model, **settings) as task:
         method = method_class("dno")(task)

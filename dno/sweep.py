@@ -1,5 +1,6 @@
 """Sweeps: one run per prompt and seed, on one process or shared out to many; repeated, the command resumes them."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -75,26 +76,27 @@ def run_all(folder, runs, about, team=None, together=False, callback=lambda metr
     """
     team = team or Team()
     folders = [folder / run.name for run in runs]
-    if team.leads:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = lock_folder(folder)  # held to the end
-            write_whole(folder / "args.json", json.dumps(about, indent=2, default=str).encode() + b"\n")
-        except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --output") from error
-        print(f"{len(runs)} runs in {folder}", flush=True)
-    # The leader decides, since the others may see the disk late.
-    stages = team.broadcast(torch.tensor([_stage(path) for path in folders])).tolist()
-    left = [i for i, stage in enumerate(stages) if stage != DONE]
-    for i in left if together else left[team.rank :: team.size]:
-        count = f"{i + 1}/{len(runs)}"
-        _one(runs[i], folders[i], stages[i], team if together else None, team, count, callback)
-    team.finished()
-    if team.leads:
-        team.wait_for_all()
-        if lock is not None:
-            os.close(lock)
-        return [row_of(path) for path in folders]
+    with contextlib.ExitStack() as stack:
+        if team.leads:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = lock_folder(folder)
+                if lock is not None:
+                    stack.callback(os.close, lock)
+                write_whole(folder / "args.json", json.dumps(about, indent=2, default=str).encode() + b"\n")
+            except OSError as error:
+                raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --output") from error
+            print(f"{len(runs)} runs in {folder}", flush=True)
+        # The leader decides, since the others may see the disk late.
+        stages = team.broadcast(torch.tensor([_stage(path) for path in folders])).tolist()
+        left = [i for i, stage in enumerate(stages) if stage != DONE]
+        for i in left if together else left[team.rank :: team.size]:
+            count = f"{i + 1}/{len(runs)}"
+            _one(runs[i], folders[i], stages[i], team if together else None, team, count, callback)
+        team.finished()
+        if team.leads:
+            team.wait_for_all()
+            return [row_of(path) for path in folders]
 
 
 def _one(run, path, stage, shared_by, team, count, callback):

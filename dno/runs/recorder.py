@@ -282,7 +282,7 @@ class Recorder:
                 "weights": {objective.name: objective.weight for objective in task.objectives},
                 "watched": [evaluation.name for evaluation in task.evaluations],
             },
-            "reward_files": task.loss.files | (task.evaluation.files if task.evaluation else {}),
+            "reward_files": [*task.loss.files, *(task.evaluation.files if task.evaluation else ())],
         }  # fmt: skip
 
 
