@@ -10,11 +10,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from dno.alignment import make_settings  # noqa: E402
-from dno.methods import method_class  # noqa: E402
 from dno.models.loading import FAMILIES, load_model  # noqa: E402
 from dno.models.quiet import quiet  # noqa: E402
 from dno.models.specs import model_spec, resolve_device, resolve_precision  # noqa: E402
+from dno.resume import prepare  # noqa: E402
 from dno.task import Loaded, Task  # noqa: E402
 
 # The sizes in the published configurations of Stable Diffusion 1.5 and of SDXL base; what is left out is the default.
@@ -101,9 +100,8 @@ def sampling_settings(args):
 
 def make_task(method, model, **settings):
     """The task of a run of the method, as `align` makes it. model: loaded; it keeps its text encoder."""
-    method = method_class(method)
-    settings = make_settings(method, {"model": model.name, "output": None, **settings}).resolve()
-    return Task(settings, needs_gradient=method.needs_gradient(settings), loaded=Loaded(model))
+    start = prepare({"model": model.name, "output": None, **settings}, method)
+    return Task(start.settings, needs_gradient=start.method.needs_gradient(start.settings), loaded=Loaded(model))
 
 
 def random_model(architecture, dtype, device):

@@ -33,14 +33,14 @@ SHOWN = (0, 5, 10, 20, 40, 70, 100)
 
 def run(model, **settings):
     """One run: brightness, judge's probability and P(z) of each iteration, (N, 3), and images to show, by iteration."""
-    task = make_task("dno", model, objective="black", evaluate=f"{JUDGE}:judge_loss_fn", **settings)
-    method, rows, shown = method_class("dno")(task), [], {}
-    for step, found in enumerate(method.iterations(method.start())):
-        black, judge, p = found.rewards["black"], found.evaluations["judge"], found.metrics["probability"]
-        rows.append((0.5 - black.item() / 2, judge.item(), p.item()))
-        if step in SHOWN:
-            shown[step] = Image.fromarray(to_uint8(found.images)[0])
-    task.release()
+    rows, shown = [], {}
+    with make_task("dno", model, objective="black", evaluate=f"{JUDGE}:judge_loss_fn", **settings) as task:
+        method = method_class("dno")(task)
+        for step, found in enumerate(method.iterations(method.start())):
+            black, judge, p = found.rewards["black"], found.evaluations["judge"], found.metrics["probability"]
+            rows.append((0.5 - black.item() / 2, judge.item(), p.item()))
+            if step in SHOWN:
+                shown[step] = Image.fromarray(to_uint8(found.images)[0])
     return np.array(rows), shown
 
 

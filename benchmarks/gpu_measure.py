@@ -159,11 +159,12 @@ def forget():
 
 def _measure_plan(job, model, precision):
     warm_up = 2 if job.compiled else 1  # compiled code may be compiled again when it is met a second time
-    task = make_task(
-        "dno", model, height=job.size, width=job.size, num_steps=job.num_steps, eta=ETA, gamma=GAMMA,
-        guidance_scale=GUIDANCE_SCALE, opt_steps=warm_up + job.iterations, objective="black", **PLANS[job.plan],
-    )  # fmt: skip
-    try:
+    settings = {
+        "height": job.size, "width": job.size, "num_steps": job.num_steps, "eta": ETA, "gamma": GAMMA,
+        "guidance_scale": GUIDANCE_SCALE, "opt_steps": warm_up + job.iterations, "objective": "black",
+        **PLANS[job.plan],
+    }  # fmt: skip
+    with make_task("dno", model, **settings) as task:
         method = method_class("dno")(task)
         plan, state = task.plan, method.start()
         guided_call = _guided_call(model, task.conditioning, task.schedule, job.size)
@@ -172,8 +173,6 @@ def _measure_plan(job, model, precision):
             if task.plan != plan:  # out of memory, the method has fallen back to another one: that is another row
                 raise torch.OutOfMemoryError(f"{plan.describe()} does not fit")
             meter(-found.losses.item(), found.metrics["grad_norm"].item())
-    finally:
-        task.release()
     return {**meter.figures(), "calls": work_of(plan, job.num_steps), "described": plan.describe()}
 
 

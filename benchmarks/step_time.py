@@ -14,6 +14,7 @@ the same noise; the rest is what is left.
 """
 
 import argparse
+import contextlib
 import statistics
 import time
 from collections import Counter
@@ -58,16 +59,16 @@ class Stopwatch:
 
 def iterations(model, args, checkpointing):
     """One dict per iteration after the first: seconds of each part, of all, and of one guided call."""
-    task = make_task(
-        "dno", model, prompt=args.prompt, objective=args.objective, gamma=args.gamma, eta=args.eta,
-        batch_size=args.batch_size, height=args.height, width=args.width, opt_steps=args.repeats + 1,
-        checkpointing=checkpointing, **sampling_settings(args),
-    )  # fmt: skip
-    watch, decode = Stopwatch(model.device), model.decode
-    task.render, task.losses = watch.timed("sampling", task.render), watch.timed("reward", task.losses)
-    model.decode = watch.timed("decoding", decode)
-    measured = []
-    try:
+    settings = {
+        "prompt": args.prompt, "objective": args.objective, "gamma": args.gamma, "eta": args.eta,
+        "batch_size": args.batch_size, "height": args.height, "width": args.width, "opt_steps": args.repeats + 1,
+        "checkpointing": checkpointing, **sampling_settings(args),
+    }  # fmt: skip
+    watch, decode, measured = Stopwatch(model.device), model.decode, []
+    with make_task("dno", model, **settings) as task, contextlib.ExitStack() as stack:
+        stack.callback(setattr, model, "decode", decode)
+        model.decode = watch.timed("decoding", decode)
+        task.render, task.losses = watch.timed("sampling", task.render), watch.timed("reward", task.losses)
         method = method_class("dno")(task)
         # What is left of a gradient when the images and their losses are there.
         method.source = watch.timed("backward", method.source)
@@ -80,9 +81,6 @@ def iterations(model, args, checkpointing):
             measured.append({**parts, "iteration": seconds, "call": call_seconds(watch, task)})
             watch.seconds.clear()
             start = watch.now()
-    finally:
-        model.decode = decode
-        task.release()
     return measured[1:]
 
 

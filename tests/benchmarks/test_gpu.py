@@ -125,12 +125,11 @@ def test_flops_of_a_call_are_those_of_a_real_one(gpu, name):
 def test_work_of_a_plan_is_that_of_a_real_iteration(gpu, plan):
     architecture = measuring().TINY_ARCHITECTURES["sd15"]
     model = measuring().random_model(architecture, torch.float32, "cpu")
-    task = measuring().make_task("dno", model, height=16, width=16, num_steps=2, **gpu.PLANS[plan])
-    method = method_class("dno")(task)
-    state = method.start()
-    with sdpa_kernel(SDPBackend.MATH), Flops() as counter:
-        method.source(state.z([0]), state.rest([0]), [0], 0)
-    task.release()
+    with measuring().make_task("dno", model, height=16, width=16, num_steps=2, **gpu.PLANS[plan]) as task:
+        method = method_class("dno")(task)
+        state = method.start()
+        with sdpa_kernel(SDPBackend.MATH), Flops() as counter:
+            method.source(state.z([0]), state.rest([0]), [0], 0)
     said = measuring().tera_flops(architecture, 16, measuring().work_of(task.plan, 2)) * 1e12
     if plan in ("block", "split"):  # what lies outside of the blocks is not computed again
         assert 0.9 * said < counter.total <= said
