@@ -17,7 +17,6 @@ from dno.models.conditioning import Conditioning, leaves, unwrapped
 from dno.models.quiet import quiet
 from dno.models.specs import model_spec
 
-
 # (x, network output, alpha, sigma) -> (x0, eps), by what the network predicts.
 _CLEAN_AND_NOISE = {
     "epsilon": lambda x, eps, alpha, sigma: ((x - sigma * eps) / alpha, eps),
