@@ -177,9 +177,7 @@ class _Command:
         if not self.team.leads:
             warnings.showwarning = functools.partial(_show_warning, rank=self.team.rank)
         if self.prompts or self.seeds:
-            return sweep(
-                self.method, self.start.asked, self.prompts, self.seeds, self.prefix, self.team, self.insist
-            )
+            return sweep(self.method, self.start.asked, self.prompts, self.seeds, self.prefix, self.team, self.insist)
         self.screen = Screen() if self.team.leads else None
         result = run(self.start, prefix=self.prefix, screen=self.screen, team=self.team, callback=self.insist)
         if self.screen:

@@ -25,6 +25,11 @@ class Point:
     alpha: float | torch.Tensor
     sigma: float | torch.Tensor
 
+    def doubled(self):
+        """The point of twice the rows, as guidance evaluates them in one batch."""
+        levels = (self.timestep, self.alpha, self.sigma)
+        return Point(*(torch.cat([v, v]) if isinstance(v, torch.Tensor) and v.dim() else v for v in levels))
+
     def levels(self, x):
         """(alpha, sigma) to multiply x with: numbers as they are, tensors as (B, 1, 1, 1) in the dtype of x."""
 
@@ -135,14 +140,16 @@ def sample(denoise, noise, schedule, eta=1.0, recompute=True):
 
     denoise: (x, point) -> (x0, eps).
     noise: T + 1 tensors (B, C, h, w), a sequence or one stacked tensor: noise[T] is where sampling starts, step i uses
-        noise[T - 1 - i], and noise[0] (the last step's) has no effect. Gradient flows to those that require it, and
-        no graph is built for the steps before the first of them; and it flows to whatever inside `denoise` requires
-        it, such as the weights of the network.
+        noise[T - 1 - i], and noise[0] (the last step's) has no effect. With eta 0 the start alone will do. Gradient
+        flows to those that require it, and no graph is built for the steps before the first of them; and it flows to
+        whatever inside `denoise` requires it, such as the weights of the network.
     recompute: the number of steps, from the first, that keep their latents only and are rebuilt in the backward pass,
         one step's graph at a time; the others keep their graphs, and are the first that backward uses and frees. True
         is all, so that memory grows with T by the latents alone; False is none. The gradient is the same.
     """
     x, *z = reversed(noise.unbind() if isinstance(noise, torch.Tensor) else noise)
+    if eta == 0 and not z:
+        z = [x.new_zeros(()).expand_as(x)] * schedule.num_steps
     if len(z) != schedule.num_steps:
         raise ValueError(f"{len(z) + 1} noises for {schedule.num_steps} steps; expected {schedule.num_steps + 1}")
     recomputed = first = 0

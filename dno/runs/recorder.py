@@ -281,7 +281,7 @@ class Recorder:
                 "weights": {objective.name: objective.weight for objective in task.objectives},
                 "watched": [evaluation.name for evaluation in task.evaluations],
             },
-            "reward_files": [*task.loss.files, *(task.evaluation.files if task.evaluation else ())],
+            "reward_files": _once([*task.loss.files, *(task.evaluation.files if task.evaluation else ())]),
         }  # fmt: skip
 
 
@@ -290,3 +290,8 @@ def _reduce(name, values):
     if not finite:
         return math.nan
     return min(finite) if name.endswith("_min") else statistics.fmean(finite)
+
+
+def _once(entries):
+    """The entries, dicts, without those that stand there already."""
+    return [entry for i, entry in enumerate(entries) if entry not in entries[:i]]
