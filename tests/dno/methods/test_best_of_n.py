@@ -194,9 +194,7 @@ def test_a_failure_loses_its_candidate_and_nothing_else(quick, reward, how):
 
 @pytest.mark.filterwarnings("ignore:the reward 'failing' failed")
 @pytest.mark.parametrize("how", [math.nan, "raise"])
-def test_a_run_without_any_finite_reward_fails_in_one_line_and_can_be_resumed(
-    quick, reward, tiny_model, tmp_path, how
-):
+def test_a_run_without_any_finite_reward_fails_in_one_line_and_can_be_resumed(quick, reward, tiny_model, tmp_path, how):
     with pytest.raises(UserError, match="none of 12 candidates had a finite reward; check the objective"):
         quick("run", objective=reward(range(100), how), num_candidates=40, batch_per_device=1)
     assert len(lines_of(tmp_path / "run")) == 3
