@@ -240,7 +240,7 @@ def test_a_full_disk_at_the_last_checkpoint_keeps_the_one_before(quick, tmp_path
 
 @pytest.mark.parametrize(("settings", "noises"), [({}, 4), ({"eta": 0.0}, 4 / 8), ({"opt_time": 3}, 3)], ids=str)
 def test_the_state_on_disk_is_at_most_four_noises(quick, settings, noises):
-    """The noise, its best, and two moments of AdamW of what is free, and beside them little. With eta 0 of x_T alone."""
+    """The noise, its best, two moments of AdamW of what is free, and little else; with eta 0 of x_T alone."""
     run = quick("run", num_steps=7, opt_steps=2, height=64, width=64, **settings)
     size, one = tensors_file(run.folder, 2).stat().st_size, 8 * 4 * 32 * 32 * 4
     image = 3 * 64 * 64 * 4
