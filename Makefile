@@ -32,10 +32,12 @@ lint: $(STAMP)
 
 install: $(STAMP)
 
-# A parity test wants HPSv2's own package, whose pins would break the others'; without it that test is skipped.
-# The stamp is written last, so an interrupted installation is taken up again. An environment without a working pip
-# (interrupted, or its Python is gone) is made anew.
-$(STAMP): pyproject.toml constraints.txt
+# constraints-notebook.txt includes constraints.txt; what it has besides matters only for EXTRAS=notebook.
+# A parity test uses HPS v2's own package, whose pins (protobuf < 4, pytest 7.2.0) would break the others'; therefore it
+# comes without its dependencies, and without it that test is skipped.
+# The stamp is written last, so an interrupted installation is repeated. An environment without a working pip
+# (interrupted, or its Python is gone) is made again.
+$(STAMP): pyproject.toml constraints.txt constraints-notebook.txt
 	@python=$(PYTHON); \
 	if $(VENV_PYTHON) -m pip --version >/dev/null 2>&1; then python=$(VENV_PYTHON); fi; \
 	fail() { echo "make: $$*" >&2; exit 1; }; \
@@ -50,7 +52,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  || fail "$$python cannot make virtual environments. On Debian or Ubuntu: sudo apt install python$$version-venv"; \
 	echo "Making $(VENV) with Python $$version"; \
 	$$python -m venv --clear $(VENV)
-	$(VENV_PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	$(VENV_PYTHON) -m pip install --disable-pip-version-check -c constraints-notebook.txt -e ".[$(EXTRAS)]"
 	-$(VENV_PYTHON) -m pip install --disable-pip-version-check --no-deps hpsv2==1.2.0
 	@touch $@
 

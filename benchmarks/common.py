@@ -4,17 +4,17 @@ import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from dno.models.loading import load_model  # noqa: E402
+from dno.models.loading import FAMILIES, load_model  # noqa: E402
 from dno.models.quiet import quiet  # noqa: E402
 from dno.models.specs import model_spec, resolve_device, resolve_precision  # noqa: E402
-from dno.models.stable_diffusion import StableDiffusion, StableDiffusionXL  # noqa: E402
+from dno.resume import prepare  # noqa: E402
+from dno.task import Loaded, Task  # noqa: E402
 
 # The sizes in the published configurations of Stable Diffusion 1.5 and of SDXL base; what is left out is the default.
 SD15_UNET = {
@@ -38,101 +38,17 @@ SCHEDULER = {
     "clip_sample": False, "set_alpha_to_one": False,
 }  # fmt: skip
 
-def add_model_arguments(parser):
-    """The flags of `benchmark_model`."""
-    parser.add_argument("--model", default="sprites", help="as the scripts' --model (default: sprites)")
-    parser.add_argument(
-        "--random_weights", action="store_true",
-        help="Stable Diffusion 1.5's published architecture with random weights, where its own cannot be had",
-    )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16")
-
-
-def benchmark_model(args):
-    """The model that the flags ask for, on its device."""
-    device = resolve_device(args.device)
-    dtype = resolve_precision(args.precision, device)
-    return random_stable_diffusion(dtype, device) if args.random_weights else load_model(args.model, dtype, device)
-
-
-def sampling_settings(args):
-    """Steps and guidance of the flags, or the model's own."""
-    spec = model_spec("" if args.random_weights else args.model)
-    return {"num_steps": args.num_steps or spec.num_steps, "guidance_scale": spec.guidance_scale}
-
-
-def random_stable_diffusion(dtype, device):
-    """Stable Diffusion 1.5's sizes with random weights: it costs what the real one costs, and shows nothing.
-
-    The sizes are those of the published unet, vae, text_encoder and scheduler configurations. Its tokenizer is that of
-    sprites, padded to 77 tokens, since the words do not matter here.
-    """
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        unet, vae = UNet2DConditionModel(**SD15_UNET), AutoencoderKL(**SD15_VAE)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-        )
-    pipe = StableDiffusionPipeline(
-        vae=vae, unet=unet, text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer.from_pretrained(ROOT / "sprites" / "tokenizer", model_max_length=77),
-        scheduler=DDIMScheduler(**SCHEDULER),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    with quiet():
-        return StableDiffusion(pipe.to(device, dtype), "random weights")
-
-
-class _Wordless:
-    """A model without text encoders: whatever the prompt, it is told random numbers of the right shape."""
-
-    text_encoders = tokenizers = ()
-    words, pooled = 77, None  # tokens a prompt; width of the pooled embedding, where there is one
-
-    def _check(self, pipe):
-        StableDiffusion._check(self, pipe)  # SDXL's own looks at the text encoders
-
-    def _embed(self, prompts, negatives, guided):
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*shape):
-            return torch.randn(len(prompts), *shape, generator=generator).to(self.device, self.dtype)
-
-        width = self.network.config.cross_attention_dim
-        embeddings = [random(self.words, width), random(self.words, width)]
-        embeddings += [random(self.pooled), random(self.pooled)] if self.pooled else []
-        return embeddings if guided else [None if i % 2 else e for i, e in enumerate(embeddings)]
-
-
-class WordlessStableDiffusion(_Wordless, StableDiffusion):
-    pass
-
-
-class WordlessStableDiffusionXL(_Wordless, StableDiffusionXL):
-    @property
-    def pooled(self):
-        config = self.network.config
-        return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """What `random_model` builds: the class of the model and the configurations of its networks."""
+    """What `random_model` builds: the configurations of a UNet and of a VAE."""
 
     title: str
-    family: type
     unet: dict
     vae: dict
 
 
-ARCHITECTURES = {
-    "sd15": Architecture("SD 1.5", WordlessStableDiffusion, SD15_UNET, SD15_VAE),
-    "sdxl": Architecture("SDXL", WordlessStableDiffusionXL, SDXL_UNET, SDXL_VAE),
-}
+ARCHITECTURES = {"sd15": Architecture("SD 1.5", SD15_UNET, SD15_VAE), "sdxl": Architecture("SDXL", SDXL_UNET, SDXL_VAE)}
 _TINY_UNET = {
     "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -143,10 +59,9 @@ _TINY_VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
 }  # fmt: skip
 TINY_ARCHITECTURES = {
-    "sd15": Architecture("tiny SD", WordlessStableDiffusion, {**_TINY_UNET, "attention_head_dim": 4}, _TINY_VAE),
+    "sd15": Architecture("tiny SD", {**_TINY_UNET, "attention_head_dim": 4}, _TINY_VAE),
     "sdxl": Architecture(
         "tiny SDXL",
-        WordlessStableDiffusionXL,
         {
             **_TINY_UNET, "attention_head_dim": (2, 4), "transformer_layers_per_block": (1, 2),
             "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 4,
@@ -157,19 +72,84 @@ TINY_ARCHITECTURES = {
 }  # fmt: skip
 
 
+def add_model_arguments(parser):
+    """The flags of `benchmark_model`."""
+    parser.add_argument("--model", default="sprites", help="as the scripts' --model (default: sprites)")
+    parser.add_argument(
+        "--random_weights", action="store_true",
+        help="Stable Diffusion 1.5's published architecture with random weights, if its own cannot be had",
+    )  # fmt: skip
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16")
+
+
+def benchmark_model(args):
+    """The model that the flags ask for, on its device."""
+    device = resolve_device(args.device)
+    dtype = resolve_precision(args.precision, device)
+    if args.random_weights:
+        return random_model(ARCHITECTURES["sd15"], dtype, device)
+    return load_model(args.model, dtype, device)
+
+
+def sampling_settings(args):
+    """Steps and guidance of the flags, or the model's own."""
+    spec = model_spec("" if args.random_weights else args.model)
+    return {"num_steps": args.num_steps or spec.num_steps, "guidance_scale": spec.guidance_scale}
+
+
+def make_task(method, model, **settings):
+    """The task of a run of the method, as `align` makes it. model: loaded; it keeps its text encoder."""
+    start = prepare({"model": model.name, "output": None, **settings}, method)
+    return Task(start.settings, needs_gradient=start.method.needs_gradient(start.settings), loaded=Loaded(model))
+
+
 def random_model(architecture, dtype, device):
-    """A frozen model with random weights and no text encoders, built on the device and in the precision at once.
+    """A frozen model with random weights, built on the device and in the precision at once: it costs what the real one
+    costs, and shows nothing.
 
     architecture: one of `ARCHITECTURES`. On the device "meta" it has shapes only, and costs nothing.
+    Its text encoders have one layer, and sprites' tokenizer padded to 77 tokens: the words do not matter here.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    import diffusers
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     torch.manual_seed(0)
     with quiet():
         with torch.device("meta"):
-            networks = UNet2DConditionModel(**architecture.unet), AutoencoderKL(**architecture.vae)
+            networks = diffusers.UNet2DConditionModel(**architecture.unet), diffusers.AutoencoderKL(**architecture.vae)
         unet, vae = (_filled(network, dtype, device) for network in networks)
-    return architecture.family(SimpleNamespace(unet=unet, vae=vae, scheduler=DDIMScheduler(**SCHEDULER)), "random")
+        tokenizer = CLIPTokenizer.from_pretrained(ROOT / "sprites" / "tokenizer", model_max_length=77)
+        config, parts = unet.config, {"unet": unet, "vae": vae, "scheduler": diffusers.DDIMScheduler(**SCHEDULER)}
+
+        def text_encoder(cls, width):
+            return _text_encoder(cls, width, tokenizer, dtype, device)
+
+        if config.addition_embed_type == "text_time":  # two encoders: their embeddings joined, and the second's pooled
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            pipe = diffusers.StableDiffusionXLPipeline(
+                text_encoder=text_encoder(CLIPTextModel, config.cross_attention_dim - pooled), tokenizer=tokenizer,
+                text_encoder_2=text_encoder(CLIPTextModelWithProjection, pooled), tokenizer_2=tokenizer,
+                add_watermarker=False, **parts,
+            )  # fmt: skip
+        else:
+            pipe = diffusers.StableDiffusionPipeline(
+                text_encoder=text_encoder(CLIPTextModel, config.cross_attention_dim), tokenizer=tokenizer,
+                safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts,
+            )  # fmt: skip
+        return FAMILIES[type(pipe).__name__](pipe, "random")
+
+
+def _text_encoder(cls, width, tokenizer, dtype, device):
+    from transformers import CLIPTextConfig
+
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, projection_dim=width,
+        num_hidden_layers=1, num_attention_heads=1, **ids,
+    )  # fmt: skip
+    with torch.device(device):
+        return cls(config).to(dtype)
 
 
 @torch.no_grad()

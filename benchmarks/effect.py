@@ -10,14 +10,15 @@ the second table asks what brightness each run had reached when the judge last g
 
 import argparse
 import math
-import tempfile
 from pathlib import Path
 
 import numpy as np
-from common import ROOT
+from common import ROOT, make_task
 from PIL import Image, ImageDraw, ImageFont
 
-import dno
+from dno import load_model
+from dno.methods import method_class
+from rewards import to_uint8
 
 JUDGE = ROOT / "sprites" / "judge.py"
 
@@ -30,18 +31,21 @@ RUNS = {
 SHOWN = (0, 5, 10, 20, 40, 70, 100)
 
 
-def run(model, seed, iterations, folder, **settings):
-    """One run: brightness, judge's probability and P(z) of each iteration, (N, 3), and the paths of its images."""
-    result = dno.align(
-        model=model, objective="black", evaluate=f"{JUDGE}:judge_loss_fn", seed=seed, opt_steps=iterations,
-        output=folder, **settings,
-    )  # fmt: skip
-    rows = [(0.5 - m["black"] / 2, m["judge"], m["probability"]) for m in result.metrics]
-    return np.array(rows), sorted((result.folder / "images").iterdir())
+def run(model, **settings):
+    """One run: brightness, judge's probability and P(z) of each iteration, (N, 3), and images to show, by iteration."""
+    rows, shown = [], {}
+    with make_task("dno", model, objective="black", evaluate=f"{JUDGE}:judge_loss_fn", **settings) as task:
+        method = method_class("dno")(task)
+        for step, found in enumerate(method.iterations(method.start())):
+            black, judge, p = found.rewards["black"], found.evaluations["judge"], found.metrics["probability"]
+            rows.append((0.5 - black.item() / 2, judge.item(), p.item()))
+            if step in SHOWN:
+                shown[step] = Image.fromarray(to_uint8(found.images)[0])
+    return np.array(rows), shown
 
 
 def picture(rows, path, scale=3):
-    """A grid with a labelled row of images for each run."""
+    """A grid with a labelled row of images per run. rows: by run, images by iteration."""
     tile, left, top = 64 * scale, 110, 26
     names = list(rows)
     page = Image.new("RGB", (left + len(SHOWN) * (tile + 6), top + len(names) * (tile + 6)), "white")
@@ -51,8 +55,8 @@ def picture(rows, path, scale=3):
     for row, name in enumerate(names):
         pen.text((8, top + row * (tile + 6) + tile / 2), name, "#222222", font, "lm")
         for column, step in enumerate(SHOWN):
-            if step < len(rows[name]):
-                image = Image.open(rows[name][step]).resize((tile, tile), Image.Resampling.LANCZOS)
+            if step in rows[name]:
+                image = rows[name][step].resize((tile, tile), Image.Resampling.LANCZOS)
                 page.paste(image, (left + column * (tile + 6), top + row * (tile + 6)))
     page.save(path)
 
@@ -66,16 +70,15 @@ def main():
     parser.add_argument("--picture", type=Path, default=Path("effect.png"), help="where to write the picture")
     arguments = parser.parse_args()
 
-    model = dno.load_model("sprites")
+    model = load_model("sprites")
     curves, images = {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, settings in RUNS.items():
-            settings = {"prompt": arguments.prompt, "lr": arguments.lr, **settings}
-            runs = [run(model, seed, arguments.iterations, folder, **settings) for seed in arguments.seeds]
-            curves[name] = np.stack([rows for rows, _ in runs])  # (seeds, N, 3)
-            images[name] = runs[0][1]
-            print(f"{name} done", flush=True)
-        picture(images, arguments.picture)
+    for name, settings in RUNS.items():
+        settings = {"prompt": arguments.prompt, "lr": arguments.lr, "opt_steps": arguments.iterations, **settings}
+        runs = [run(model, seed=seed, **settings) for seed in arguments.seeds]
+        curves[name] = np.stack([rows for rows, _ in runs])  # (seeds, N, 3)
+        images[name] = runs[0][1]
+        print(f"{name} done", flush=True)
+    picture(images, arguments.picture)
 
     steps = [step for step in SHOWN if step < arguments.iterations]
     print(f"\n| iteration | {' | '.join(RUNS)} |\n|{'---|' * (len(RUNS) + 1)}")

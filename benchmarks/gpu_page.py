@@ -22,12 +22,12 @@ DENSE_TFLOPS = {
 }
 HEADER = [
     "model, size, plan", "iteration s", "guided call s", "overhead factor", "peak GB allocated", "peak GB reserved",
-    "TFLOP an iteration", "TFLOP/s", "share of the card",
+    "TFLOP per iteration", "TFLOP/s", "share of the card",
 ]  # fmt: skip
 
 
 def dense_rate(card, precision):
-    """Dense TFLOP/s of a card by name, or None where it is unknown, or for float32."""
+    """Dense TFLOP/s of a card by name, or None if it is unknown, or for float32."""
     if precision == torch.float32:
         return None
     return next((rate for name, rate in DENSE_TFLOPS.items() if re.fullmatch(name, card)), None)
@@ -73,7 +73,7 @@ def targets(rows):
     fastest = min(xl.values(), key=lambda row: row["factor"], default=None)
     peak = leanest and leanest["reserved"] is not None and f"{leanest['peak']:.1f} GB ({leanest['described']})"
     lines = [
-        line("SDXL, 1024 px, exact gradient of all noises, peak of the leanest plan <= 16 GB", peak),
+        line("SDXL, 1024 px, exact gradient of all noises, peak of the plan with the least memory <= 16 GB", peak),
         line("the same, overhead factor with step <= 3.4", xl and "step" in xl and f"{xl['step']['factor']:.2f}"),
         line(
             "the same, overhead factor of the fastest plan that fits 139 GB <= 3.0",
@@ -90,7 +90,7 @@ def targets(rows):
 
 
 def agreement(rows):
-    """A line for each model and size: how far the plans' gradient norms at the first iteration lie apart."""
+    """A line per model and size: how far apart the plans' gradient norms at the first iteration are."""
     norms = {}
     for row in rows:
         if "failed" not in row and row["plan"] not in ("skip_unet", OFFICIAL):

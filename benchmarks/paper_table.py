@@ -9,8 +9,9 @@ Each row is what was optimized, and for how long; each column a reward, mean ± 
 reward that a row optimizes is its best so far, the others are held out and measured on the same image. The first row
 is the images before alignment. Time is that of the iterations alone: loading is not in it.
 
-Weights are looked for before anything starts. Each run has a folder of its own in --output, so the same command goes on
-where it was stopped, even in the middle of a run. The table is written after every run.
+Weights are looked for before anything starts. The runs for one reward are a sweep with its own folder in --output, so
+the same command resumes where it was stopped, even in the middle of a run. The table is written as each run begins,
+and at the end.
 """
 
 import argparse
@@ -26,12 +27,12 @@ from pathlib import Path
 from common import ROOT
 
 import rewards
-from dno import align
 from dno.errors import UserError
 from dno.models.specs import DEFAULT_MODEL
+from dno.resume import prepare
 from dno.runs.files import write_whole
-from dno.settings import Settings
-from dno.task import Loaded, Problem
+from dno.sweep import RunSpec, read_prompts, row_of, run_all, run_name
+from dno.task import Loaded
 
 ANIMALS = (
     "cat", "dog", "horse", "monkey", "rabbit", "zebra", "spider", "bird", "sheep", "deer", "cow", "goat", "lion",
@@ -50,7 +51,7 @@ def parse(arguments):
                         "pick); names, or FILE.py:FUNCTION")  # fmt: skip
     parser.add_argument("--evaluate", nargs="+", default=[], metavar="NAME", help="further rewards, always held out")
     parser.add_argument("--minutes", nargs="+", type=float, default=[1, 3, 5], help="when to read (default: 1 3 5)")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (default: the 45 simple animals)")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one per line (default: the 45 simple animals)")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "paper-table", metavar="DIR",
                         help="folder of the runs and of table.md (default: output/paper-table)")  # fmt: skip
@@ -71,15 +72,7 @@ def parse(arguments):
 
 def prompts_of(args):
     """The prompts that the flags ask for. Raises UserError."""
-    prompts = list(ANIMALS)
-    if args.prompts is not None:
-        try:
-            lines = args.prompts.expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {args.prompts} cannot be read: {error}; expected one prompt a line") from error
-        prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-        if not prompts:
-            raise UserError(f"--prompts {args.prompts} has no prompt in it; expected one a line")
+    prompts = list(ANIMALS) if args.prompts is None else read_prompts(args.prompts)
     return prompts[: args.limit]
 
 
@@ -93,18 +86,23 @@ def settings_of(args, objective):
         **{name: getattr(args, name) for name in names},
         "reward_paths": {name: path for name, path in paths.items() if path},
         "objective": objective, "evaluate": held_out, "opt_steps": ITERATIONS, "max_seconds": 60 * args.minutes[-1],
-        "save_every": 10**9,
+        "save_every": 10**9, "draw": False,
     }  # fmt: skip
 
 
-def folders_of(args, objective, prompts):
-    """One folder a run, the same for the same settings; where to compute does not count."""
-    elsewhere = ("device", "checkpointing", "reward_checkpointing", "reward_paths", "evaluate", "save_every")
+def sweep_folder(args, objective):
+    """The folder of the runs for one objective, by its settings; where they are computed does not count."""
+    elsewhere = ("device", "checkpointing", "reward_checkpointing", "reward_paths", "evaluate", "save_every", "draw")
     same = {name: value for name, value in settings_of(args, objective).items() if name not in elsewhere}
     same["watched"] = sorted({*args.objectives, *args.evaluate})
     digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]
-    folder = args.output.expanduser() / f"{_slug(short(objective))}-{digest}"
-    return [folder / f"{_slug(prompt)}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}" for prompt in prompts]
+    slug = re.sub(r"[^a-z0-9.]+", "-", short(objective).lower()).strip("-")[:40]
+    return args.output.expanduser() / f"{slug}-{digest}"
+
+
+def folders_of(args, objective, prompts):
+    """The folders of the runs for one objective."""
+    return [sweep_folder(args, objective) / run_name(prompt, args.seed) for prompt in prompts]
 
 
 def short(name):
@@ -112,20 +110,8 @@ def short(name):
     return name.rpartition(":")[2].removesuffix("_loss_fn") if ".py:" in name else name
 
 
-def _slug(text):
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")[:40]
-
-
 def is_done(folder):
-    return (folder / "result.json").is_file()
-
-
-def run(folder, settings, prompt, loaded):
-    """Make one run, or go on with it from its checkpoint."""
-    if any((folder / "checkpoints").glob("[0-9]*")):
-        align(resume=folder, loaded=loaded, device=settings["device"], checkpointing=settings["checkpointing"])
-    else:
-        align(folder=folder, loaded=loaded, prompt=prompt, **settings)
+    return "failed" not in row_of(folder)
 
 
 def read(folder, objective, seconds):
@@ -169,7 +155,7 @@ def _cell(values):
 
 
 def write_table(args, prompts):
-    settings = Settings(**{**settings_of(args, args.objectives[0]), "output": None}).resolve()
+    settings = prepare(settings_of(args, args.objectives[0])).settings
     text = (
         f"# Rewards after {', '.join(f'{minutes:g}' for minutes in args.minutes)} minutes\n\n"
         f"{args.model}, {len(prompts)} prompts, seed {args.seed}, {settings.num_steps} steps, eta {settings.eta:g}, "
@@ -182,24 +168,32 @@ def write_table(args, prompts):
 
 
 def main(arguments=None):
-    """Make the runs that are missing and write the table. Returns how many were made. Raises UserError."""
+    """Make the runs that are missing and write the table. Returns how many were missing. Raises UserError."""
     args = parse(arguments)
-    prompts = prompts_of(args)
-    runs = {objective: folders_of(args, objective, prompts) for objective in args.objectives}
-    left = [(o, p, f) for o, folders in runs.items() for p, f in zip(prompts, folders) if not is_done(f)]
+    prompts, missing, model = prompts_of(args), 0, None
+
+    def each_iteration(metrics):
+        if metrics["step"] == 0:
+            write_table(args, prompts)
+
     write_table(args, prompts)
-    loaded_for, loaded = None, Loaded()
-    for count, (objective, prompt, folder) in enumerate(left, 1):
-        settings = settings_of(args, objective)
-        if objective != loaded_for:
-            # The rewards of one objective at a time; the first loads them all, so what is missing is said at once.
-            loaded_for, loaded = objective, Loaded(loaded.model)
-            Problem(Settings(**settings, prompt=prompt, output=None).resolve(), loaded=loaded).load()
-        run(folder, settings, prompt, loaded)
-        write_table(args, prompts)
-        print(f"{count}/{len(left)}  {short(objective)}, {prompt!r}", flush=True)
+    for objective in args.objectives:
+        folders, settings = folders_of(args, objective, prompts), settings_of(args, objective)
+        left = sum(not is_done(folder) for folder in folders)
+        if left:
+            # The rewards of one objective at a time; the first run loads them all, so what is missing is known at once.
+            loaded = Loaded(model)
+            runs = [
+                RunSpec(folder.name, "dno", {**settings, "prompt": prompt}, f"{short(objective)}, {prompt!r}", loaded)
+                for prompt, folder in zip(prompts, folders)
+            ]
+            about = {"method": "dno", "settings": settings}
+            run_all(sweep_folder(args, objective), runs, about, callback=each_iteration)
+            missing, model = missing + left, loaded.model
     print(f"\n{write_table(args, prompts)}\n{args.output / 'table.md'}")
-    return len(left)
+    if failed := sum(not is_done(f) for o in args.objectives for f in folders_of(args, o, prompts)):
+        raise UserError(f"{failed} runs failed; see above, and repeat the command to try them again")
+    return missing
 
 
 if __name__ == "__main__":

@@ -1,101 +1,114 @@
-"""Seconds an iteration of DNO, split into its parts, and the overhead factor.
+"""Seconds per iteration of DNO, split into its parts, and the overhead factor.
 
     python benchmarks/step_time.py                                  # sprites, with and without checkpointing
     python benchmarks/step_time.py --num_steps 50 --checkpointing step none block
     python benchmarks/step_time.py --random_weights --device cuda   # Stable Diffusion 1.5's sizes on a GPU
 
-    overhead factor = seconds an iteration / (num_steps x seconds of one guided denoiser call without gradient)
+    overhead factor = seconds per iteration / (num_steps x seconds of one guided denoiser call without gradient)
 
-The iterations are those of `dno.align`, which writes no files here. After each of them the denoiser is called num_steps
-times without gradient, so that both see the same machine: the factor is the median of the iterations' own ratios. The
-first iteration warms up and is not counted. Other figures are medians too, in seconds, of one iteration.
+The iterations are those of `dno.align`, without its files. After each of them the denoiser is called num_steps times
+without gradient, so that both see the same machine: the factor is the median of the iterations' own ratios. The first
+iteration warms up and is not counted. Other figures are medians too, in seconds, of one iteration: sampling, decoding
+and reward forward; backward through all of them; the regularizer, forward and backward, called once more by itself on
+the same noise; the rest is what is left.
 """
 
 import argparse
+import contextlib
 import statistics
 import time
 from collections import Counter
 from functools import wraps
-from unittest import mock
 
 import torch
-from common import add_model_arguments, benchmark_model, machine, print_table, sampling_settings, synchronize
+from common import add_model_arguments, benchmark_model, machine, make_task, print_table, sampling_settings, synchronize
 
-import dno.alignment
-import dno.methods.gradients
-import dno.methods.noise_optimization
-from dno.alignment import align
+from dno.methods import method_class
+from dno.noise import PERMUTATIONS, keyed_generator
+from dno.regularization import probability_penalty
 
 PARTS = ("sampling", "decoding", "reward", "backward", "regularizer")
 
 
 class Stopwatch:
-    """Adds up the seconds of the functions that it times; what one of them calls counts for the outer one."""
+    """Adds up the seconds of functions, each less those of the timed functions that it calls."""
 
     def __init__(self, device):
-        self.device, self.seconds, self.busy = device, Counter(), False
+        self.device, self.seconds, self.inner = device, Counter(), 0.0
 
     def timed(self, part, function):
+        """The function, with its seconds added to `seconds[part]`."""
+
         @wraps(function)
         def timed(*args, **kwargs):
-            if self.busy:
-                return function(*args, **kwargs)
-            self.busy = True
-            synchronize(self.device)
-            start = time.perf_counter()
+            outer, self.inner = self.inner, 0.0
+            start = self.now()
             try:
                 return function(*args, **kwargs)
             finally:
-                synchronize(self.device)
-                self.seconds[part] += time.perf_counter() - start
-                self.busy = False
+                seconds = self.now() - start
+                self.seconds[part] += seconds - self.inner
+                self.inner = outer + seconds
 
         return timed
 
-    def patch(self, part, owner, name):
-        """A context in which `owner.name` is timed."""
-        return mock.patch.object(owner, name, self.timed(part, getattr(owner, name)))
+    def now(self):
+        synchronize(self.device)
+        return time.perf_counter()
 
 
 def iterations(model, args, checkpointing):
-    """One dict an iteration after the first: seconds of each part, of all, and of one guided call."""
-    watch = Stopwatch(model.device)
-    settings = sampling_settings(args)
-    schedule = model.schedule(settings["num_steps"])
-    conditioning = model.encode_prompts([args.prompt] * args.batch_size)
-    size = args.height or model.default_size[0], args.width or model.default_size[1]
-    x = torch.randn(model.latent_shape(args.batch_size, *size), device=model.device)
-    measured = []
-
-    @torch.no_grad()
-    def after_iteration(metrics):
-        parts = {part: watch.seconds[part] for part in PARTS}
-        synchronize(model.device)
-        start = time.perf_counter()
-        for point in schedule:
-            model.denoise(x, point, conditioning, settings["guidance_scale"])
-        synchronize(model.device)
-        call = (time.perf_counter() - start) / schedule.num_steps
-        measured.append({**parts, "iteration": metrics["seconds"], "call": call})
+    """One dict per iteration after the first: seconds of each part, of all, and of one guided call."""
+    settings = {
+        "prompt": args.prompt, "objective": args.objective, "gamma": args.gamma, "eta": args.eta,
+        "batch_size": args.batch_size, "height": args.height, "width": args.width, "opt_steps": args.repeats + 1,
+        "checkpointing": checkpointing, **sampling_settings(args),
+    }  # fmt: skip
+    watch, decode, measured = Stopwatch(model.device), model.decode, []
+    with make_task("dno", model, **settings) as task, contextlib.ExitStack() as stack:
+        stack.callback(setattr, model, "decode", decode)
+        model.decode = watch.timed("decoding", decode)
+        task.render, task.losses = watch.timed("sampling", task.render), watch.timed("reward", task.losses)
+        method = method_class("dno")(task)
+        # What is left of a gradient when the images and their losses are there.
+        method.source = watch.timed("backward", method.source)
+        state = method.start()
         watch.seconds.clear()
-
-    with (
-        watch.patch("sampling", dno.alignment, "sample"),
-        watch.patch("decoding", model, "decode"),
-        watch.patch("reward", dno.alignment.Losses, "__call__"),
-        watch.patch("backward", torch.autograd, "grad"),
-        watch.patch("regularizer", dno.methods.noise_optimization, "_penalize"),
-    ):
-        align(
-            model=model, prompt=args.prompt, objective=args.objective, gamma=args.gamma, eta=args.eta,
-            batch_size=args.batch_size, height=size[0], width=size[1], opt_steps=args.repeats + 1,
-            checkpointing=checkpointing, callback=after_iteration, **settings,
-        )  # fmt: skip
+        start = watch.now()
+        for _ in method.iterations(state):
+            seconds, parts = watch.now() - start, dict(watch.seconds)
+            parts |= {"regularizer": regularizer_seconds(watch, state, task.settings)}
+            measured.append({**parts, "iteration": seconds, "call": call_seconds(watch, task)})
+            watch.seconds.clear()
+            start = watch.now()
     return measured[1:]
+
+
+def regularizer_seconds(watch, state, settings):
+    """Seconds of the penalty, and of its gradient if gamma wants one."""
+    rows = list(range(settings.batch_size))
+    z = state.z(rows).requires_grad_(settings.gamma != 0)
+    generators = [keyed_generator(PERMUTATIONS, settings.seed + b, state.step) for b in rows]
+    start = watch.now()
+    penalty = probability_penalty(z, generators, settings.subsample, settings.permutations)
+    if settings.gamma:
+        torch.autograd.grad(penalty.sum(), z)
+    return watch.now() - start
+
+
+@torch.no_grad()
+def call_seconds(watch, task):
+    """Seconds of one guided call without gradient: the mean over the points of the schedule."""
+    x = torch.randn(task.latent_shape, device=task.device, dtype=task.state_dtype)
+    start = watch.now()
+    for point in task.schedule:
+        task.model.denoise(x, point, task.conditioning, task.settings.guidance_scale)
+    return (watch.now() - start) / len(task.schedule)
 
 
 def row(checkpointing, measured, num_steps):
     """One line of the table."""
+
     def median(value):
         return statistics.median(value(iteration) for iteration in measured)
 

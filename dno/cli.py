@@ -161,6 +161,10 @@ class _Command:
                 "or --seeds"
             )
         self.start = prepare(self.given, self.method.name, self.config, self.resume, self.presets)
+        if self.start.settings.output is None and self.resume is None:
+            # The configuration is of a run from Python, which writes nothing unless it is told to.
+            self.given["output"] = self.method.settings_class().output
+            self.start = prepare(self.given, self.method.name, self.config, self.resume, self.presets)
 
     def run(self):
         from dno.alignment import run
@@ -173,9 +177,7 @@ class _Command:
         if not self.team.leads:
             warnings.showwarning = functools.partial(_show_warning, rank=self.team.rank)
         if self.prompts or self.seeds:
-            return sweep(
-                self.method, self.start.asked, self.prompts, self.seeds, self.prefix, self.team, self.insist
-            )
+            return sweep(self.method, self.start.asked, self.prompts, self.seeds, self.prefix, self.team, self.insist)
         self.screen = Screen() if self.team.leads else None
         result = run(self.start, prefix=self.prefix, screen=self.screen, team=self.team, callback=self.insist)
         if self.screen:

@@ -1,21 +1,24 @@
-"""Named rewards with weights, as `--objective` and `--evaluate` give them."""
+"""Named rewards with weights: parsing `--objective` and `--evaluate`, and calling what they name."""
 
 import importlib.util
 import math
 import re
+import reprlib
 import sys
 import traceback
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import torch
 
 from dno.errors import UserError
 from dno.memory import is_out_of_memory
-from rewards import RewardError, is_differentiable
+from rewards import RewardError, is_differentiable, loaded_files, recorded
 
-# What a line of metrics.jsonl says beside the rewards by name.
+# The columns of metrics.jsonl that no reward may be called.
 METRICS = (
     "step", "reward", "rewards", "regularizer", "probability", "probability_min", "grad_norm", "seconds",
     "peak_memory_gb", "images",
@@ -28,7 +31,7 @@ class RewardFailed(UserError):
 
 @dataclass(frozen=True)
 class Objective:
-    """One reward: its name on the screen and in files, its weight, and its loss factory (see `rewards`)."""
+    """One reward: its name on screen and in files, its weight, and its loss factory (see `rewards`)."""
 
     name: str
     weight: float
@@ -36,18 +39,49 @@ class Objective:
 
     @property
     def differentiable(self):
-        """False where the factory says that no gradient flows to the images."""
+        """False if the factory says that no gradient flows to the images."""
         return getattr(self.factory, "differentiable", True)
 
 
-def objective_texts(value):
-    if isinstance(value, dict):
-        return tuple(f"{name}:{weight}" for name, weight in value.items())
-    return value
+def objective_texts(value, setting="objective"):
+    """Any way to write rewards in Python -> the texts that `parse_objectives` reads, a tuple.
+
+    "black:0.5", ["black", "white:0.5"] and {"black": 1, "white": 0.5} are understood; weights are checked when the
+    texts are parsed.
+
+    setting: its name, for the message.
+    Raises UserError for anything else.
+    """
+    if isinstance(value, str):
+        value = (value,)
+    if isinstance(value, Mapping):
+        return tuple(_weighted(name, weight, setting) for name, weight in value.items())
+    if not isinstance(value, Sequence) or not all(isinstance(text, str) for text in value):
+        raise _no_objectives(value, setting)
+    return tuple(_weighted(text, 1, setting) for text in value)
 
 
-def parse_objective(text, zoo):
-    """`NAME[:WEIGHT]` from the table `zoo`, or `path/to/file.py:function[:WEIGHT]` -> Objective. Raises UserError."""
+def _weighted(name, weight, setting):
+    if not isinstance(name, str) or not name:
+        raise _no_objectives(name, setting)
+    if isinstance(weight, bool) or not isinstance(weight, Real):
+        raise UserError(f"{setting}: the weight of {name!r} is {weight!r}; expected a number other than 0")
+    return name if weight == 1 else f"{name}:{repr(float(weight)).removesuffix('.0')}"
+
+
+def _no_objectives(value, setting):
+    return UserError(
+        f"{setting}: got {reprlib.repr(value)}; expected a name such as 'black', a list such as "
+        "['black', 'white:0.5'], or a dict of names and weights such as {'black': 1, 'white': 0.5}"
+    )
+
+
+def parse_objective(text, zoo, reserved=METRICS):
+    """`NAME[:WEIGHT]` from the table `zoo`, or `path/to/file.py:function[:WEIGHT]` -> Objective.
+
+    reserved: names that no reward may have, since other columns of the metrics have them.
+    Raises UserError.
+    """
     match = re.fullmatch(r"(?P<name>(?P<file>.+\.py):(?P<function>\w+)|[^:]+)(:(?P<weight>[^:]*))?", text)
     if not match:
         raise UserError(f"objective {text!r} is not of the form NAME[:WEIGHT] or FILE.py:FUNCTION[:WEIGHT]")
@@ -59,7 +93,7 @@ def parse_objective(text, zoo):
         raise UserError(f"the weight in objective {text!r} is {match['weight']!r}; expected a number other than 0")
     if match["file"]:
         name = match["function"].removesuffix("_loss_fn")
-        if name in METRICS:
+        if name in reserved:
             raise UserError(f"the reward {name!r} has the name of another metric; rename the function")
         return Objective(name, weight, _function_of_file(match["file"], match["function"]))
     if match["name"] not in zoo:
@@ -68,18 +102,21 @@ def parse_objective(text, zoo):
     return Objective(match["name"], weight, zoo[match["name"]])
 
 
-def parse_evaluations(texts, zoo):
-    """Rewards to watch: as `parse_objectives`, without weights. Raises UserError."""
-    evaluations = parse_objectives(texts, zoo)
-    for text, evaluation in zip(texts, evaluations, strict=True):
+def parse_evaluations(value, zoo, reserved=METRICS):
+    """Rewards that are only recorded: as `parse_objectives`, without weights. Raises UserError."""
+    evaluations = parse_objectives(objective_texts(value, "evaluate"), zoo, reserved)
+    for evaluation in evaluations:
         if evaluation.weight != 1:
-            raise UserError(f"--evaluate {text}: a reward that is only recorded has no weight; leave it out")
+            raise UserError(
+                f"--evaluate {evaluation.name}:{evaluation.weight:g}: a reward that is only recorded has no weight; "
+                "leave it out"
+            )
     return evaluations
 
 
-def parse_objectives(texts, zoo):
-    """A list of objectives with names of their own, in order. Raises UserError."""
-    objectives = [parse_objective(text, zoo) for text in texts]
+def parse_objectives(value, zoo, reserved=METRICS):
+    """What `objective_texts` understands -> a list of objectives with different names, in order. Raises UserError."""
+    objectives = [parse_objective(text, zoo, reserved) for text in objective_texts(value)]
     names = [objective.name for objective in objectives]
     for name in names:
         if names.count(name) > 1:
@@ -93,7 +130,7 @@ def _function_of_file(file, function):
         raise UserError(f"{file} does not exist; expected a Python file with the loss factory {function}")
     spec = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses and pickles look for it
+    sys.modules[spec.name] = module  # dataclasses and pickles look for it there
     with _one_line(f"{file} could not be imported"):
         spec.loader.exec_module(module)
     factory = getattr(module, function, None)
@@ -103,18 +140,18 @@ def _function_of_file(file, function):
 
 
 class Losses:
-    """Loaded objectives: images and prompts to one loss an image, checked.
+    """Loaded objectives: images and prompts -> one checked loss per image.
 
     objectives: list of Objective; their factories are called here, which may load weights.
     """
 
     def __init__(self, objectives, inference_dtype=None, device=None):
         self.objectives, self.device = objectives, device
-        self.loss_fns = {}
+        self.loss_fns, self._paths = {}, {}
         for objective in objectives:
-            with _one_line(f"the reward {objective.name!r} could not be loaded"):
+            with _one_line(f"the reward {objective.name!r} could not be loaded"), recorded() as paths:
                 loss_fn = objective.factory(inference_dtype=inference_dtype, device=device)
-                self.files = {}
+            self._paths |= paths
             if not callable(loss_fn):
                 raise UserError(
                     f"the factory of the reward {objective.name!r} gave {type(loss_fn).__name__}; expected a function "
@@ -122,20 +159,29 @@ class Losses:
                 )
             self.loss_fns[objective.name] = loss_fn
 
+    @property
+    def files(self):
+        """The weight files that these objectives loaded, in the form of `rewards.loaded_files`.
+
+        They are hashed here, which takes seconds for the largest files.
+        """
+        return loaded_files(self._paths)
+
     def require_gradients(self, prompt):
-        """Raise UserError where a reward that does not say whether it is differentiable turns out not to be."""
+        """Raise UserError if a reward that does not say whether it is differentiable turns out not to be."""
         for objective in self.objectives:
             try:
                 found = is_differentiable(objective.factory, self.loss_fns[objective.name], prompt, self.device)
             except Exception:
-                continue  # a random little picture is not to every reward's taste; the first image will tell
+                continue  # not every reward takes a small random image; the first real one will tell
             if not found:
                 raise _no_gradient(objective.name)
 
     def __call__(self, images, prompts):
         """(the weighted sum of the losses (B,), each unweighted reward by name, (B,), detached).
 
-        images: (B, 3, H, W); prompts: B strings. Where the images want a gradient, every loss must give one.
+        images: (B, 3, H, W); prompts: B strings, one per image. If the images require a gradient, every loss must give
+        one.
         """
         total, rewards = 0, {}
         for objective in self.objectives:
@@ -148,7 +194,7 @@ class Losses:
 
     @torch.no_grad()
     def forgiving(self, images, prompts):
-        """As the call, without gradients; an image for which a reward raises has NaN for loss, with a warning."""
+        """As the call, without gradients; an image for which a reward raises has the loss NaN, with a warning."""
         try:
             return self(images, prompts)
         except RewardFailed as failure:
@@ -177,11 +223,11 @@ def _checked(losses, name, images):
 
 
 def _no_gradient(name):
-    return UserError(f"the reward {name!r} gives no gradient; use dno_stable_diffusion_nograd.py for it")
+    return UserError(f"the reward {name!r} gives no gradient; use --estimator hybrid, which needs none")
 
 
 class _one_line:
-    """Turn any exception of a user's reward into one line that says where it was raised."""
+    """A context that turns any exception of a user's reward into one line that says where it was raised."""
 
     def __init__(self, what, kind=UserError):
         self.what, self.kind = what, kind
@@ -201,5 +247,5 @@ class _one_line:
 
 
 def describe(objectives):
-    """`black + 0.5 * white`, for people."""
+    """The sum as text, such as `black + 0.5 * white`."""
     return " + ".join(o.name if o.weight == 1 else f"{o.weight:g} * {o.name}" for o in objectives)

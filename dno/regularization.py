@@ -1,4 +1,4 @@
-"""How probable a noise is, and the penalty that keeps an optimized noise probable.
+"""The probability of a noise, and the penalty that keeps an optimized noise probable.
 
 A noise of D values that is standard normal, cut into m rows of k values, has column means near 0 and second moments
 near the identity, and concentration inequalities bound how far from them it may stray:
@@ -6,8 +6,8 @@ near the identity, and concentration inequalities bound how far from them it may
     M1 = ||column means||_2          log p1 = min(-m M1^2 / (2k), -ln 2)
     M2 = ||X^T X / m - I||_2         log p2 = min(-m max(sqrt(1 + M2) - 1 - sqrt(k/m), 0)^2 / 2, -ln 2)
 
-Source: Tang et al. 2024, arXiv 2405.18881, section on probability regularization. The clamp at -ln 2 leaves noise
-alone that is typical: there the bounds say nothing, and the gradient is zero.
+Source: Tang et al. 2024, arXiv 2405.18881, section on probability regularization. The clamp at -ln 2 leaves typical
+noise alone: there the bounds say nothing, and the gradient is zero.
 
 Shapes: `noise` is (N, B, C, h, w), N noises of B images; each image's D = N C h w values count in memory order.
 All of it runs in the noise's own precision, which the optimization keeps at float32 or better.
@@ -17,9 +17,12 @@ import math
 
 import torch
 
-# Into how many segments the noise is cut at most. Time grows with it, and the table of inner products with its square;
-# fewer make the random permutations' average noisier.
+# The largest number of segments that the noise is cut into. Time grows with it, and the table of inner products with
+# its square; fewer make the random permutations' average noisier.
 SEGMENTS = 512
+# The largest `subsample`: at 5, rows of 1024 values are more than there are segments, and each permutation would take a
+# table of 1024 x 1024 (several GB in all).
+MAX_SUBSAMPLE = 4
 
 
 def log_probability_bounds(mean, second_moment, m):
@@ -41,18 +44,19 @@ def probability(noise, subsample=1):
     """P(z) of each image's noise, (B,): 1 = typical, towards 0 = out of distribution.
 
     P(z) = min(2 p1, 2 p2), of the values in their given order; rows have k = 4 ** subsample values.
+    Raises ValueError as `probability_penalty` does.
     """
-    log_p1, log_p2 = _given_order(_values(noise), 4**subsample)
+    log_p1, log_p2 = _given_order(_values(noise), _row_size(subsample))
     return 2 * torch.minimum(log_p1, log_p2).exp()
 
 
 def probability_min(noise, subsample=1):
-    """The least P of any single one of the N noises by itself, (B,).
+    """The smallest P over the N individual noises, (B,).
 
-    It sees what the average over all of them hides, such as a starting noise x_T of half its size. As the least of N
+    It sees what the average over all of them hides, such as a starting noise x_T of half its size. As the smallest of N
     numbers it lies below `probability` for typical noise too (near 0.4 for 51 noises).
     """
-    each = probability(noise.flatten(0, 1)[None], subsample)  # one "image" a single noise: (N B,)
+    each = probability(noise.flatten(0, 1)[None], subsample)  # each noise as an "image": (N B,)
     return each.view(len(noise), -1).amin(dim=0)
 
 
@@ -63,11 +67,11 @@ def probability_penalty(noise, generators, subsample=1, permutations=100):
 
     Random permutations alone do not see correlation between neighbours, and the given order does not see all of it.
 
-    generators: one CPU `torch.Generator` an image, the source of its permutations.
+    generators: one CPU `torch.Generator` per image, the source of its permutations.
     permutations: how many are averaged; more of them make the penalty less noisy, not larger.
-    Raises ValueError where the number of values is no multiple of k = 4 ** subsample.
+    Raises ValueError if the number of values is not a multiple of k = 4 ** subsample, or subsample is not in 0..4.
     """
-    k = 4**subsample
+    k = _row_size(subsample)
     values = _values(noise)
     given = torch.stack(_given_order(values, k)).sum(dim=0)
     shuffled = [_shuffled_order(row, k, permutations, g) for row, g in zip(values, generators, strict=True)]
@@ -76,6 +80,12 @@ def probability_penalty(noise, generators, subsample=1, permutations=100):
 
 def _values(noise):
     return noise.transpose(0, 1).flatten(1)  # (B, D)
+
+
+def _row_size(subsample):
+    if not 0 <= subsample <= MAX_SUBSAMPLE:
+        raise ValueError(f"subsample is {subsample}; expected 0 to {MAX_SUBSAMPLE}, for rows of 4 ** subsample values")
+    return 4**subsample
 
 
 def _given_order(values, k):
@@ -91,9 +101,9 @@ def _shuffled_order(values, k, permutations, generator):
     """The mean of log p1 + log p2 over random permutations of `values` (D,).
 
     Shuffling D values a hundred times is a hundred passes over memory in random order. Instead, one uniform
-    permutation cuts the values into R segments, and each further permutation shuffles whole segments: every one of
-    them is by itself a uniform permutation, and all their second moments are sums over one R x R table of the
-    segments' inner products. The averages differ from independent permutations by sampling error only.
+    permutation cuts the values into R segments, and each further permutation shuffles whole segments: each of them
+    taken alone is a uniform permutation, and all their second moments are sums over one R x R table of the segments'
+    inner products. The averages differ from independent permutations by sampling error only.
     """
     size = len(values)
     num_segments = _num_segments(size, k)

@@ -17,6 +17,7 @@ from typing import ClassVar, Union, get_args, get_origin, get_type_hints
 from dno.errors import UserError
 from dno.models.specs import DEFAULT_MODEL, TIMESTEP_SPACINGS, model_spec
 from dno.objectives import objective_texts
+from dno.regularization import MAX_SUBSAMPLE
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -187,7 +188,7 @@ class Sampling(Group):
         "P(z) and its regularizer look at the noise in rows of 4 ** subsample values",
         basic="P(z) looks at the noise in rows of 4 ** N values",
         least=0,
-        most=4,
+        most=MAX_SUBSAMPLE,
         metavar="N",
     )
 

@@ -1,5 +1,6 @@
 """Sweeps: one run per prompt and seed, on one process or shared out to many; repeated, the command resumes them."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -50,14 +51,15 @@ def sweep(method, settings, prompts, seeds, prefix, team, callback=lambda metric
     resolved = make_settings(method, settings).resolve()
     if resolved.output is None or resolved.noise is not None:
         raise UserError("several runs need --output, and start from their own noise; leave --noise out")
-    pairs = [(p, s) for p in _prompts(prompts, resolved) for s in dict.fromkeys(seeds or [resolved.seed])]
+    texts = [resolved.prompt] if prompts is None else read_prompts(prompts)
+    pairs = [(p, s) for p in texts for s in dict.fromkeys(seeds or [resolved.seed])]
     may_differ = {*method.settings_class().changeable(), "prompt", "seed", "output"}
     may_differ -= {"opt_steps", *StopRules.__dataclass_fields__}
     same = {name: value for name, value in asdict(resolved).items() if name not in may_differ}
     digest = hashlib.sha256(json.dumps({"method": method.name, **same}, sort_keys=True).encode()).hexdigest()[:8]
     folder, loaded = Path(resolved.output).expanduser() / f"{prefix}-sweep-{digest}", Loaded()
     runs = [
-        RunSpec(_name(p, s), method.name, {**settings, "prompt": p, "seed": s}, f"{p!r}, seed {s}", loaded)
+        RunSpec(run_name(p, s), method.name, {**settings, "prompt": p, "seed": s}, f"{p!r}, seed {s}", loaded)
         for p, s in pairs
     ]
     about = {"method": method.name, "settings": asdict(resolved)}
@@ -74,26 +76,27 @@ def run_all(folder, runs, about, team=None, together=False, callback=lambda metr
     """
     team = team or Team()
     folders = [folder / run.name for run in runs]
-    if team.leads:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = lock_folder(folder)  # held to the end
-            write_whole(folder / "args.json", json.dumps(about, indent=2, default=str).encode() + b"\n")
-        except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --output") from error
-        print(f"{len(runs)} runs in {folder}", flush=True)
-    # The leader decides, since the others may see the disk late.
-    stages = team.broadcast(torch.tensor([_stage(path) for path in folders])).tolist()
-    left = [i for i, stage in enumerate(stages) if stage != DONE]
-    for i in left if together else left[team.rank :: team.size]:
-        count = f"{i + 1}/{len(runs)}"
-        _one(runs[i], folders[i], stages[i], team if together else None, team, count, callback)
-    team.finished()
-    if team.leads:
-        team.wait_for_all()
-        if lock is not None:
-            os.close(lock)
-        return [row_of(path) for path in folders]
+    with contextlib.ExitStack() as stack:
+        if team.leads:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = lock_folder(folder)
+                if lock is not None:
+                    stack.callback(os.close, lock)
+                write_whole(folder / "args.json", json.dumps(about, indent=2, default=str).encode() + b"\n")
+            except OSError as error:
+                raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --output") from error
+            print(f"{len(runs)} runs in {folder}", flush=True)
+        # The leader decides, since the others may see the disk late.
+        stages = team.broadcast(torch.tensor([_stage(path) for path in folders])).tolist()
+        left = [i for i, stage in enumerate(stages) if stage != DONE]
+        for i in left if together else left[team.rank :: team.size]:
+            count = f"{i + 1}/{len(runs)}"
+            _one(runs[i], folders[i], stages[i], team if together else None, team, count, callback)
+        team.finished()
+        if team.leads:
+            team.wait_for_all()
+            return [row_of(path) for path in folders]
 
 
 def _one(run, path, stage, shared_by, team, count, callback):
@@ -131,9 +134,8 @@ def _one(run, path, stage, shared_by, team, count, callback):
             print(f"{count}  {run.title}: {first:.4f} -> {best:.4f}", flush=True)
 
 
-def _prompts(file, settings):
-    if file is None:
-        return [settings.prompt]
+def read_prompts(file):
+    """The prompts in a text file, one per line, each once. Raises UserError."""
     try:
         lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -146,7 +148,8 @@ def _prompts(file, settings):
     return prompts
 
 
-def _name(prompt, seed):
+def run_name(prompt, seed):
+    """The name of a run's folder within a sweep: readable, and different for different prompts."""
     prompt = prompt if isinstance(prompt, str) else " ".join(prompt)
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
     return f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}-s{seed}"

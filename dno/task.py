@@ -13,7 +13,7 @@ from dno.memory import Plan, choose_plan
 from dno.models.loading import check_model, load_model
 from dno.models.specs import PRECISIONS, model_spec, resolve_device, resolve_precision
 from dno.noise import check_noise, draw_noise, load_noise
-from dno.objectives import Losses, parse_evaluations, parse_objectives
+from dno.objectives import METRICS, Losses, parse_evaluations, parse_objectives
 from dno.sampling import sample
 from dno.team import Team
 
@@ -67,8 +67,9 @@ class Task:
 
     def _check_rewards(self, reserved):
         settings = self.settings
-        self.objectives = parse_objectives(settings.objective, rewards.RFUNCTIONS)
-        self.evaluations = parse_evaluations(settings.evaluate, rewards.RFUNCTIONS)
+        reserved = (*METRICS, *reserved)
+        self.objectives = parse_objectives(settings.objective, rewards.RFUNCTIONS, reserved)
+        self.evaluations = parse_evaluations(settings.evaluate, rewards.RFUNCTIONS, reserved)
         for objective in self.objectives:
             if getattr(objective.factory, "evaluation_only", False):
                 raise UserError(f"{objective.name!r} is a judge, which optimizing would corrupt; use --evaluate for it")
@@ -79,9 +80,6 @@ class Task:
                 )
         for name in {o.name for o in self.objectives} & {e.name for e in self.evaluations}:
             raise UserError(f"{name!r} is both an objective and an evaluation; an objective is recorded already")
-        for reward in (*self.objectives, *self.evaluations):
-            if reward.name in reserved:
-                raise UserError(f"the reward {reward.name!r} has the name of another metric; rename the function")
 
     def _check_noise(self, noise):
         settings = self.settings
@@ -215,6 +213,21 @@ class Task:
         noise = draw_noise(seeds, settings.num_steps, self.latent_shape[1:], candidate)
         return noise.to(self.device, self.state_dtype)
 
+    @torch.no_grad()
+    def draw_best(self, count):
+        """The best of `count` draws of each image, (T + 1, B, C, h, w); the first of equals."""
+        rows, best, lowest = list(range(self.settings.batch_size)), None, None
+        for k in range(count):
+            noise = self.draw(candidate=k)
+            self.team.send_task(noise[:0], [], -1)  # a sign of life for those who wait for the first task
+            losses, _ = self.losses_or_nan(self.render(noise.unbind(), rows), rows)
+            losses = losses.where(losses.isfinite(), torch.inf)  # what is not finite never wins
+            if best is None:
+                best, lowest = noise, losses
+            better = losses < lowest
+            best[:, better], lowest = noise[:, better], torch.minimum(losses, lowest)
+        return best
+
     def given_noise(self):
         """The noise that the user gave, (T + 1, B, C, h, w) on the device, or None.
 
@@ -259,7 +272,7 @@ class Task:
     def use(self, plan):
         """Follow this plan from now on."""
         self.plan = plan
-        self.model.checkpoint_blocks(plan.unet_blocks, plan.vae_blocks)
+        self.model.checkpoint_blocks(plan.network_blocks, plan.vae_blocks)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

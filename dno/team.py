@@ -1,7 +1,7 @@
-"""The processes of one run: what travels between them, and what is said when one of them fails.
+"""Several processes as one team: what they exchange, and how the failure of one is reported by the others.
 
-Noise, reference image, losses, counts and the sum of the estimate travel, once an iteration and as CPU tensors over
-gloo: they are a few megabytes, and there a peer's end is an error that can be explained, not an abort as with NCCL.
+Noise, reference image, losses, counts and the sum of the estimate travel once per iteration, as CPU tensors over gloo:
+they are a few megabytes, and there the end of a peer is an error that can be explained, not an abort as with NCCL.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 
 from dno.errors import UserError
+from dno.models.specs import resolve_device
 
 _DTYPES = (torch.float32, torch.float64, torch.int64)
 
@@ -26,18 +27,18 @@ class Team:
         return self.rank == 0
 
     def send_task(self, noise, images, step):
-        """The leader's: have every process estimate the gradient at this noise."""
+        """Leader only: have every process estimate the gradient at this noise."""
         images = torch.tensor([step, *images])
         self.broadcast(images)
         self.broadcast(noise)
 
     def receive_task(self):
-        """The others' end of `send_task`: (noise, images, step), or None when the leader has `dismiss`ed them."""
+        """The other end of `send_task`: (noise, images, step), or None once the leader has called `dismiss`."""
         task = self.broadcast(None).tolist()
         return (self.broadcast(None), task[1:], task[0]) if task else None
 
     def dismiss(self):
-        """The leader's: no more tasks."""
+        """Leader only: there are no more tasks."""
         self.broadcast(torch.tensor([], dtype=torch.int64))
 
     def broadcast(self, tensor):
@@ -49,16 +50,16 @@ class Team:
         return tensor
 
     def alive(self):
-        """Tell the others that this process gets on."""
+        """Tell the others that this process is making progress."""
 
     def check(self):
-        """Raise UserError where another process has failed, or has not been `alive` for too long."""
+        """Raise UserError if another process has failed, or has not been `alive` for too long."""
 
     def wait_for_all(self):
-        """The leader's: until every other process has called `finished`."""
+        """Leader only: wait until every other process has called `finished`."""
 
     def finished(self):
-        """Tell the leader that this process has done its part."""
+        """Tell the leader that this process is done."""
 
     def failed(self, why):
         """Tell the others why this process ends."""
@@ -67,13 +68,15 @@ class Team:
         """What another process said when it failed, or None."""
 
     def close(self):
-        """Leave; always to be called, whatever happened."""
+        """Leave the team; to be called whatever happened."""
 
 
 class ProcessTeam(Team):
-    """The processes that `accelerate launch` or `torchrun` started.
+    """The processes that `torchrun` or `accelerate launch` started.
 
-    device: "cpu", or anything else for what accelerate finds; timeout: seconds after which a process counts as stalled.
+    device: as `--device`; with "auto", ACCELERATE_USE_CPU selects the CPU.
+    timeout: seconds after which a process counts as stalled.
+    Raises UserError, one line, if the device cannot be used or the processes do not find each other.
     """
 
     def __init__(self, device, timeout):
@@ -81,9 +84,29 @@ class ProcessTeam(Team):
         from accelerate import Accelerator, InitProcessGroupKwargs
         from torch.distributed.distributed_c10d import _get_default_store
 
-        limit = timedelta(seconds=timeout)
-        self.accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=limit)])
+        size, limit = _launched_processes(), timedelta(seconds=timeout)
+        kind, forced = resolve_device(device).type, _cpu_is_forced()
+        if forced and device not in ("auto", "cpu"):
+            raise UserError(f"--device {device}: ACCELERATE_USE_CPU selects the CPU; unset it, or use --device cpu")
+        try:
+            self.accelerator = Accelerator(
+                cpu=forced or kind == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=limit)]
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            why = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"the {size} processes that WORLD_SIZE announces could not be joined at {place} ({why}); start all of "
+                "them, on as many devices, or unset WORLD_SIZE to run one"
+            ) from error
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
+        if self.size != size:
+            if dist.is_initialized():  # by accelerate, which then leaves it unused
+                dist.destroy_process_group()
+            raise UserError(
+                f"WORLD_SIZE announces {size} processes, but on the device {kind} each of them is alone; use --device "
+                "cpu, or start with torchrun or accelerate launch on a machine with several GPUs"
+            )
         found = self.accelerator.device
         self.device = torch.device("cpu") if found.type == "cpu" else found  # not cpu:0
         self.timeout, self.meetings, self.checked, self.signs = timeout, 0, 0.0, {}
@@ -156,7 +179,7 @@ class ProcessTeam(Team):
 
     @contextlib.contextmanager
     def _meeting(self):
-        """Where every process has to come; one that does not is named."""
+        """A step that every process takes together; a process that does not arrive is named."""
         self.meetings += 1
         try:
             self.store.set(f"met/{self.rank}", str(self.meetings))
@@ -178,10 +201,53 @@ class ProcessTeam(Team):
                     missing.append(str(rank))
         who = f"rank {', '.join(missing)}" if missing else "another rank"
         if "imed out" in str(error):
-            return f"{who} did not answer within {self.timeout:g} seconds (--timeout): stalled, or the limit is too low"
-        return f"{who} ended without a word: killed, or out of memory?"
+            return f"{who} did not answer within {self.timeout:g} seconds; if it is not stalled, raise --timeout"
+        return f"{who} exited without reporting a reason (killed or out of memory?)"
 
 
 def join_team(device, timeout):
-    """The team that `accelerate launch` or `torchrun` speaks of in the environment, or this process alone."""
-    return ProcessTeam(device, timeout) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else Team()
+    """The team that `torchrun` or `accelerate launch` announces in the environment, else this process alone.
+
+    device, timeout: as in `ProcessTeam`.
+    Raises UserError, one line, if the environment is incomplete, or what `ProcessTeam` raises.
+    """
+    return ProcessTeam(device, timeout) if _launched_processes() > 1 else Team()
+
+
+def _launched_processes():
+    """WORLD_SIZE, 1 if it is not set. Raises UserError where it announces several and the rest is missing."""
+    if os.environ.get("WORLD_SIZE", "") in ("", "1"):
+        return 1
+    numbers = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_PORT")}
+    wrong = [f"{name} {value!r}" for name, value in numbers.items() if not value.isdecimal()]
+    if not wrong and int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]):
+        wrong = [f"RANK {numbers['RANK']} of WORLD_SIZE {numbers['WORLD_SIZE']}"]
+    if not os.environ.get("MASTER_ADDR"):
+        wrong.append("MASTER_ADDR ''")
+    if wrong:
+        raise UserError(
+            f"WORLD_SIZE is set without all that torchrun or accelerate launch sets with it: got {', '.join(wrong)}; "
+            "expected RANK below WORLD_SIZE, MASTER_ADDR and MASTER_PORT; to run one process, unset WORLD_SIZE"
+        )
+    return int(numbers["WORLD_SIZE"])
+
+
+def _cpu_is_forced():
+    from accelerate.utils import parse_flag_from_env
+
+    try:
+        return parse_flag_from_env("ACCELERATE_USE_CPU")
+    except ValueError as error:
+        got = os.environ["ACCELERATE_USE_CPU"]
+        raise UserError(f"ACCELERATE_USE_CPU is {got!r}; expected true or false") from error
+
+
+def shares(num_units, ranks, burden=0):
+    """Where each rank's part of `num_units` ends: rank r has units ends[r]..ends[r + 1], ends[0] = 0.
+
+    burden: what rank 0 does in addition, in units. It gets that much less than its even part, the others share the
+        rest.
+    """
+    first = num_units if ranks == 1 else max(0, round((num_units + burden) / ranks - burden))
+    rest, others = num_units - first, max(ranks - 1, 1)
+    return [0] + [first + rest * r // others for r in range(ranks)]

@@ -1,10 +1,10 @@
-"""Score pictures from the command line.
+"""Score images from the command line.
 
     python -m rewards score --reward aesthetic hps --prompt "white duck" output/*/best.png
     python -m rewards score --reward pick --prompt "white duck" --csv scores.csv runs/
     python -m rewards list
 
-A folder stands for the pictures in it and below. The score is the reward: higher is better.
+A folder stands for the images in it and below. The score is the reward: higher is better.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from PIL import Image
 
 import rewards
 
+BAD_INPUT = 2  # exit code, also argparse's
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -31,7 +32,7 @@ def main(argv=None):
             score(args)
     except rewards.RewardError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return BAD_INPUT
     return 0
 
 
@@ -41,18 +42,18 @@ def parse(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the rewards, one line each")
-    scoring = commands.add_parser("score", help="score picture files and folders")
+    scoring = commands.add_parser("score", help="score image files and folders")
     scoring.add_argument("--reward", nargs="+", required=True, metavar="REWARD",
                          help=f"one or more of {', '.join(rewards.RFUNCTIONS)}")  # fmt: skip
-    scoring.add_argument("--prompt", default="", help="what all the pictures should show")
+    scoring.add_argument("--prompt", default="", help="what all the images should show")
     scoring.add_argument("--csv", type=Path, metavar="FILE", help="also write the scores into this file")
     scoring.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                          help="(default: %(default)s)")  # fmt: skip
-    scoring.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="picture file or folder")
+    scoring.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image file or folder")
     rewards.add_arguments(scoring)
     args = parser.parse_args(argv)
     if args.command == "score":
-        # Pictures right after `--reward a b` are read as rewards too: what is no reward is a picture.
+        # Image files right after `--reward a b` are parsed as rewards too: whatever is not a reward is a file.
         args.images = [Path(word) for word in args.reward if word not in rewards.RFUNCTIONS] + args.images
         args.reward = [word for word in args.reward if word in rewards.RFUNCTIONS]
         if not args.reward or not args.images:
@@ -68,14 +69,14 @@ def list_rewards():
 
 
 def score(args):
-    """Score every picture with every reward; one reward's weights at a time are in memory."""
+    """Score every image with every reward; the weights of one reward at a time are in memory."""
     files = find(args.images)
     if args.csv:
         check_writable(args.csv)
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise rewards.RewardError(f"--device {args.device}: this torch has no such device; try cpu") from error
+        raise rewards.RewardError(f"--device {args.device}: this torch has no such device; use --device cpu") from error
     rewards.configure_from(args)
     dtype = rewards.PRECISIONS[args.reward_precision]
     table = {file: {} for file in files}
@@ -92,7 +93,7 @@ def score(args):
 
 
 def find(paths):
-    """The picture files among `paths` and in the folders among them, sorted within a folder, each once."""
+    """The image files among `paths` and in the folders among them, sorted within a folder, each once."""
     files = []
     for path in paths:
         if path.is_dir():
@@ -101,23 +102,23 @@ def find(paths):
                 if file.suffix.lower() in SUFFIXES and file.stem != "evolution"  # a run's contact sheet
             )  # fmt: skip
             if not inside:
-                raise rewards.RewardError(f"no pictures in the folder {path}: expected {', '.join(SUFFIXES)}")
+                raise rewards.RewardError(f"no images in the folder {path}: expected {', '.join(SUFFIXES)}")
             files += inside
         elif path.is_file():
             files.append(path)
         else:
             raise rewards.RewardError(
-                f"{path} is no picture, no folder and no reward (see python -m rewards list)"
+                f"{path} is not an image, a folder or a reward; python -m rewards list shows the rewards"
             )
     return list(dict.fromkeys(files))
 
 
 def read(file):
-    """A picture as images (1, 3, H, W) in [-1, 1]; transparency is dropped."""
+    """An image file as a tensor (1, 3, H, W) in [-1, 1]; transparency is dropped."""
     try:
         pixels = np.array(Image.open(file).convert("RGB"), dtype=np.float32)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise rewards.RewardError(f"{file} is no picture that can be read ({error}): leave it out") from error
+        raise rewards.RewardError(f"{file} is not an image that can be read ({error}); leave it out") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
 
 
@@ -132,11 +133,11 @@ def check_writable(file):
 def progress(files, name, shown):
     from tqdm import tqdm
 
-    return tqdm(files, desc=name, unit="picture", disable=not shown, file=sys.stderr)
+    return tqdm(files, desc=name, unit="image", disable=not shown, file=sys.stderr)
 
 
 def show(table, names):
-    """The table on the screen, with the mean of more than one picture below."""
+    """Print the table, with a row of means below more than one image."""
     rows = [(str(file), *(f"{scores[name]:.4f}" for name in names)) for file, scores in table.items()]
     if len(rows) > 1:
         means = (sum(scores[name] for scores in table.values()) / len(table) for name in names)

@@ -1,4 +1,4 @@
-"""What can be asked of any reward, a user's included."""
+"""The contract of rewards, as far as it can be checked on any of them."""
 
 import torch
 
@@ -6,10 +6,10 @@ import torch
 def is_differentiable(factory, loss_fn=None, prompt="", device=None):
     """Whether a gradient flows from the losses of `factory` to its images.
 
-    The factory's attribute `differentiable` decides. A factory without one is tried on one random picture; a
-    gradient that is missing or zero everywhere counts as none.
+    The factory's attribute `differentiable` decides. A factory without one is tried on one random image; a gradient
+    that is missing or zero everywhere counts as none.
 
-    loss_fn: what the factory returned, if it was called already; it is called here otherwise.
+    loss_fn: what the factory returned; None = call it here.
     """
     declared = getattr(factory, "differentiable", None)
     if declared is not None:

@@ -1,11 +1,11 @@
 """ImageReward (Xu et al. 2023, arXiv 2304.05977) on transformers' BLIP, without its own package.
 
-The picture goes through a ViT, the prompt through a BERT that looks at the picture in every layer, and an MLP
-reads the reward off BERT's first token:
+The image goes through a ViT, the prompt through a BERT that attends to the image in every layer, and an MLP reads the
+reward off BERT's first token:
 
     reward = (mlp(bert(prompt | vit(image))[0]) - MEAN) / STD
 
-MEAN and STD are the published ones, over the training pairs: the average picture scores 0.
+MEAN and STD are the published ones, over the training pairs: the average image scores 0.
 """
 
 import json
@@ -83,7 +83,7 @@ class ImageReward(nn.Module):
 
 
 def imagereward_loss(dtype, device):
-    """Loss of ImageReward: minus the reward, about 0 for an average picture, above 1 for a very good one."""
+    """Loss of ImageReward: minus the reward, about 0 for an average image, above 1 for a very good one."""
     dtype, device = dtype or torch.float32, device or "cpu"
     model, size = load(dtype, device)
     tokenizer = load_tokenizer(model.text.config.vocab_size)
@@ -97,7 +97,7 @@ def imagereward_loss(dtype, device):
             tokens = tokenizer(prompt, padding="max_length", truncation=True, max_length=PROMPT_LENGTH)
         return torch.tensor([tokens.input_ids, tokens.attention_mask], device=device)
 
-    # The prompt is read together with the picture: what can be remembered is its tokens.
+    # The prompt is read together with the image, so only its tokens can be cached.
     prompt_tokens = Prompts(lambda: tokenize, tokenize)
 
     def loss_fn(images, prompts):
@@ -111,7 +111,7 @@ def imagereward_loss(dtype, device):
 
 
 def load(dtype, device):
-    """The model from ImageReward.pt, and the size of its pictures."""
+    """The model from ImageReward.pt, and the size of its images."""
     path = weights.locate("imagereward")
     state = weights.read_pickle("imagereward", path)
     try:

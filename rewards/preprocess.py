@@ -2,7 +2,7 @@
 
 Images are (B, 3, H, W), nominally in [-1, 1] and unclamped. Everything here is differentiable and works in
 the images' own precision. Resizing is bicubic with antialiasing in Pillow's convention, with which all these
-models were trained; a picture file's rounding to 256 levels is left out because it has no gradient.
+models were trained; an image file's rounding to 256 levels is left out because it has no gradient.
 """
 
 import math
@@ -17,7 +17,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def to_unit(images):
-    """[-1, 1] to [0, 1], clamped: a reward sees what a picture file would show."""
+    """[-1, 1] to [0, 1], clamped: a reward sees what an image file would show."""
     return (images / 2 + 0.5).clamp(0, 1)
 
 
@@ -47,7 +47,7 @@ def crop(images, size, place=math.floor):
 
     place: how half a pixel of margin is rounded; `math.floor` in transformers, `round` in torchvision.
     """
-    pixels = short_side(to_unit(images), size).clamp(0, 1)  # bicubic overshoots, a picture file cannot
+    pixels = short_side(to_unit(images), size).clamp(0, 1)  # bicubic overshoots, an image file cannot
     top, left = (place((side - size) / 2) for side in pixels.shape[-2:])
     return pixels[..., top : top + size, left : left + size]
 

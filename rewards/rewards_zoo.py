@@ -5,12 +5,13 @@ The contract of a factory is
     factory(inference_dtype=None, device=None) -> loss_fn(images, prompts) -> losses
 
 images: float32, (B, 3, H, W), nominally in [-1, 1] but *not* clamped, any size.
-prompts: one string an image.
+prompts: one string per image.
 losses: float32, (B,), the negative of the reward (a scalar will do for a batch of one).
 
-A factory loads its weights when it is called, so importing this file loads nothing. Its attribute
-`differentiable` says whether a gradient flows from the losses to the images; a factory without one is tried
-out by `rewards.is_differentiable`. `inference_dtype` is the precision of the weights, float32 if None.
+A factory loads its weights when it is called, so importing this file loads nothing. Its attribute `differentiable` says
+whether a gradient flows from the losses to the images: a row of `RFUNCTIONS` has one unless the factory says
+`differentiable = False`, and a factory of a user's file without the attribute is tried by `rewards.is_differentiable`.
+`inference_dtype` is the precision of the weights, float32 if None.
 """
 
 import io
@@ -84,8 +85,8 @@ def to_uint8(images):
 
 
 # --- rewards with weights -----------------------------------------------------------------------------------
-# What differs between them is here; how a tower is loaded and run is in towers.py, where weights are found in
-# weights.py. The libraries are imported when a factory is called: importing this file stays cheap.
+# What differs between them is here; towers.py loads and runs the networks, weights.py finds and reads the files. The
+# libraries are imported when a factory is called: importing this file stays cheap.
 
 
 def aesthetic_loss_fn(inference_dtype=None, device=None):
@@ -131,11 +132,11 @@ def pick_loss_fn(inference_dtype=None, device=None):
 
 
 def sprites_loss_fn(inference_dtype=None, device=None):
-    """Agreement with the prompt in the eyes of the embedded model's CLIP: logit scale times cosine.
+    """Agreement with the prompt according to the embedded model's CLIP: logit scale times cosine.
 
-    The softmax of this score over all captions is that CLIP's probability of a caption. The score itself is
-    the reward because it needs no list of captions and its gradient does not vanish where that probability is
-    near 0 or 1: a start from the wrong picture is as good as any.
+    The softmax of this score over all captions is that CLIP's probability of a caption. The score itself is the reward
+    because it needs no list of captions, and because its gradient does not vanish where that probability is near 0 or
+    1: it can start from the wrong image.
     """
     from .towers import clip_loss
 
@@ -153,24 +154,17 @@ def hps_loss_fn(inference_dtype=None, device=None):
 
 
 def hps_v21_loss_fn(inference_dtype=None, device=None):
-    """Human Preference Score v2.1: as `hps` with other weights and another scale; the two do not compare."""
+    """Human Preference Score v2.1: as `hps` with other weights and another scale; their scores are not comparable."""
     from .towers import hps_loss
 
     return hps_loss("hps_v2.1", "hps_v2.1", inference_dtype, device, own=pad)
 
 
 def imagereward_loss_fn(inference_dtype=None, device=None):
-    """ImageReward, about -2 to 2: a BLIP's; 0 is the average of its training pictures.
+    """ImageReward, about -2 to 2: a BLIP with an MLP; 0 is the average of its training images.
 
     Source: Xu et al. 2023, arXiv 2304.05977.
     """
     from .imagereward import imagereward_loss
 
     return imagereward_loss(inference_dtype, device)
-
-
-for _factory in (
-    *(white_loss_fn, black_loss_fn, contrast_loss_fn, aesthetic_loss_fn, hps_loss_fn, hps_v21_loss_fn),
-    *(pick_loss_fn, clip_loss_fn, imagereward_loss_fn, sprites_loss_fn),
-):
-    _factory.differentiable = True

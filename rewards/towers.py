@@ -1,7 +1,7 @@
-"""The networks behind the rewards: an image tower with a gradient, a text tower whose work is remembered.
+"""The networks behind the rewards: image towers with a gradient, text towers with cached embeddings.
 
-Weights are frozen, in eval mode and in the precision asked for. What leaves a tower is float32 (float64 where
-the weights are), so norms, cosines and losses never run below it.
+Weights are frozen, in eval mode and in the requested precision. What leaves a tower is float32 (float64 if the weights
+are), so norms, cosines and losses never run below it.
 """
 
 import json
@@ -135,7 +135,7 @@ def prepared(own, size, mean=CLIP_MEAN, std=CLIP_STD, official=True):
 
 @contextmanager
 def quiet():
-    """Keep transformers from printing bars and tables while it loads: what is wrong becomes one error."""
+    """Keep transformers from printing bars and tables while it loads; whatever is wrong is raised as one error."""
     import transformers
 
     level, bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
@@ -240,7 +240,7 @@ def clip_tokenizer(key, folder, config):
     try:
         with quiet():
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # likewise
+    except Exception as error:  # as above
         raise weights.unreadable(key, f"the tokenizer in {folder}", error) from error
     if len(tokenizer) > config.vocab_size:
         raise another_architecture(

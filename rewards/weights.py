@@ -1,4 +1,4 @@
-"""Where the weights of the rewards come from, and the settings that hold for all rewards.
+"""Reward weights: where they are found, how they are read safely, and the settings that hold for all rewards.
 
 Each model is one row of `MODELS`: its hub repository, its files, and from these a flag (`--hps_path`) and an
 environment variable (`DNO_HPS_PATH`) that name a local copy. A path that was configured wins over the
@@ -9,13 +9,14 @@ table:
     args = parser.parse_args()
     rewards.configure_from(args)                        # or rewards.configure(hps_path="weights/hps.pt")
     loss_fn = rewards.RFUNCTIONS["hps"](rewards.PRECISIONS[args.reward_precision], device)
-    rewards.loaded_files()                              # for args.json: file names and sha256
+    rewards.loaded_files()                              # file names and sha256, for a record of the run
 """
 
 import hashlib
 import os
 import pickle
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +29,7 @@ CLIP_ALSO = ("preprocessor_config.json", "tokenizer*.json", "vocab.json", "merge
 
 
 class RewardError(ValueError):
-    """What went wrong, in one line for the user: what was got, what was expected, how to mend it."""
+    """What went wrong, in one line for the user: what was got, what was expected, how to fix it."""
 
     def __init__(self, message):
         super().__init__(" ".join(str(message).split()))
@@ -39,9 +40,9 @@ class Model:
     """One row of the table.
 
     key: name of the row. repo: hub repository, or None for weights that come with the project.
-    files: what must be there. A row of one file may be given as the path of the file or of its folder, one of
-        several files as the path of its folder.
-    also: files that are used if they are there. aliases: other names under which the one file is published.
+    files: what must be there. A row with one file may be given as the path of the file or of its folder, a row with
+        several files as the path of their folder.
+    also: files that are used if they are there. aliases: other names under which the only file is published.
     folder: the default place of weights that come with the project.
     """
 
@@ -286,18 +287,31 @@ def load_strict(key, path, module, state):
 
 
 def loaded(key, path):
-    """Note that these weights are in use, for `loaded_files`."""
+    """Record that these weights are in use, for `loaded_files`."""
     _loaded[key] = Path(path)
 
 
-def loaded_files():
-    """What was loaded since the last `configure`: [{"model": key, "file": name, "sha256": digest}].
+@contextmanager
+def recorded():
+    """A context that gives what is loaded inside it, {key: path}, for `loaded_files`."""
+    global _loaded
+    before, _loaded = _loaded, {}
+    try:
+        yield _loaded
+    finally:
+        before.update(_loaded)
+        _loaded = before
 
+
+def loaded_files(paths=None):
+    """The weight files of {key: path}: [{"model": key, "file": name, "sha256": digest}].
+
+    paths: as `recorded` gives them; None = what was loaded since the last `configure`.
     The digests are computed here, not while loading: seconds for the largest files, once for each file.
     """
     return [
         {"model": key, "file": file.name, "sha256": sha256(file)}
-        for key, path in _loaded.items()
+        for key, path in (_loaded if paths is None else paths).items()
         for file in (weight_files(path) if path.is_dir() else [path])
     ]
 

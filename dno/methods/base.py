@@ -20,7 +20,6 @@ class Iteration:
     metrics: further columns of metrics.jsonl by name, (n,) each. A name that ends in `_min` is a minimum over images,
         the others are means.
     evaluations: rewards that are recorded only, (n,) each.
-    gallery: by image index, further images to show beside the best: a list of (caption, (3, H, W)), or empty.
     """
 
     rows: list
@@ -30,7 +29,6 @@ class Iteration:
     noise: torch.Tensor | None = None
     metrics: dict = field(default_factory=dict)
     evaluations: dict = field(default_factory=dict)
-    gallery: dict = field(default_factory=dict)
 
 
 class State:
@@ -65,6 +63,10 @@ class State:
             yield
             self.step += 1
             self.whole = True
+
+    def gallery(self):
+        """Further images to show beside each best, by image: lists of (caption, pixels (H, W, 3), uint8)."""
+        return {}
 
     def pack(self):
         """(tensors by name, a dict for JSON): all that `unpack` needs."""

@@ -1,4 +1,4 @@
-"""How a gradient moves the noise: torch's optimizers, or a step along a preconditioned gradient."""
+"""Optimizers of the noise: torch's own, or steps along a preconditioned gradient."""
 
 import torch
 
@@ -8,10 +8,10 @@ def spectral(gradient):
 
         G = FFT2(g),   direction = IFFT2(G / (|G| + 0.1 rms |G|))
 
-    The gradient that comes out of a diffusion sampler is strongest at the lowest frequencies, which white noise has no
-    more of than of others; this gives every frequency a say. Related to arXiv 2602.08646.
+    The gradient that comes out of a diffusion sampler is strongest at the lowest frequencies, while white noise has the
+    same power at all of them; this gives every frequency a say. Related to arXiv 2602.08646.
 
-    gradient: (..., h, w), each (h, w) a map of its own. A map that is zero stays zero.
+    gradient: (..., h, w); each (h, w) map is whitened separately. A map that is zero stays zero.
     """
     spectrum = torch.fft.rfft2(gradient)
     amplitude = spectrum.abs()
@@ -26,12 +26,16 @@ PRECONDITIONERS = {"none": None, "spectral": spectral}
 
 
 class NormPreservingDescent(torch.optim.Optimizer):
-    """Move each map along a preconditioned gradient, keeping the map's own rms.
+    """Steps along a preconditioned gradient that keep the rms of each map.
 
         d = precondition(g) scaled to rms 1,   z <- z - lr rms(z) d, scaled back to rms(z)
 
-    Each (h, w) map of a parameter (..., h, w) is a step of its own, of relative size lr whatever the gradient's size.
-    A map without a gradient stays where it is.
+    Each (h, w) map of a parameter (..., h, w) takes its own step, of relative size lr whatever the gradient's size. A
+    map without a gradient, or that is zero, stays as it is.
+
+    So a map that the image does not depend on (the noise of a last step that adds none) moves by lr whenever the
+    regularizer's gradient in it is not zero, however small gamma is. The image is not affected. The same happens with
+    AdamW, whose steps do not depend on the gradient's size either.
     """
 
     def __init__(self, params, lr, precondition):
@@ -45,7 +49,8 @@ class NormPreservingDescent(torch.optim.Optimizer):
                 direction = self.precondition(z.grad)
                 size = _rms(direction)
                 moved = z - group["lr"] * _rms(z) * direction / size
-                z.copy_(torch.where(size > 0, moved * (_rms(z) / _rms(moved)), z))
+                scale = _rms(z) / _rms(moved).clamp(min=torch.finfo(z.dtype).tiny)
+                z.copy_(torch.where(size > 0, moved * scale, z))
 
 
 def _rms(maps):

@@ -25,17 +25,17 @@ class Curve(NamedTuple):
     least: bool = False
 
 
-def chart(metric, title, note, curves, log=False):
+def chart(metric, title, note, curves, steps, log=False):
     """The figure of one metric over the iterations, for all runs and images; image 0 of each run stands out.
 
     metric: its name in the data of the page's script; title, note: plain text over the plot.
+    steps: the iterations of the whole page, sorted, since all its charts have the same axis.
     log: a logarithmic axis from P = 1 down.
     Returns HTML, or "" if no value is a number.
     """
     known = [value for curve in curves for value in curve.values if value is not None]
     if not known:
         return ""
-    steps = sorted({step for curve in curves for step in curve.steps})
     left, right = (steps[0], steps[-1]) if len(steps) > 1 else (steps[0] - 0.5, steps[0] + 0.5)
     low, high, rules = log_axis(min(known)) if log else _linear_axis(known)
 

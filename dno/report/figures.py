@@ -326,8 +326,9 @@ def _dress(plot, steps: list[int], best: int | None) -> None:
     plot.set_xlabel("iteration", size=10, color=GREY, family="DejaVu Sans")
     if plot.get_yscale() == "linear":
         low, high = plot.get_ylim()
-        if single or high - low < 1e-6 * max(abs(low), abs(high)):  # constant, but for rounding
-            plot.set_ylim(low - 0.5, high + 0.5)
+        room = 0.01 * max(abs(low), abs(high)) - (high - low) / 2
+        if room > 0:  # a curve that hardly moves must not look as if it did
+            plot.set_ylim(low - room, high + room)
         plot.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         # Each label separately: a power of ten written once over the axis would run into the line above it.
         plot.yaxis.set_major_formatter(lambda value, _: f"{value:.7g}".replace("-", "−"))

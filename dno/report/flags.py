@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,7 +106,7 @@ def _defaults(method):
     if method not in METHODS:
         return {}
     cls = method_class(method)
-    return {f.name: cls.presets.get(f.name, f.default) for f in fields(cls.settings_class())}
+    return asdict(cls.settings_class()()) | cls.presets
 
 
 def _setting_defaults(run):
@@ -130,7 +130,7 @@ def plain(value):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
         words = [plain(entry) for entry in value]
-        return " ".join(f'"{word}"' if " " in word else word for word in words)
+        return " ".join(f'"{word}"' if " " in word and len(words) > 1 else word for word in words)
     if isinstance(value, dict):
         return ", ".join(f"{name} {plain(entry)}" for name, entry in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)

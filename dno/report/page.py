@@ -51,7 +51,7 @@ def page(runs):
     added = [pool.add_run(run, min(RUN_BYTES, PAGE_BYTES / len(runs))) for run in runs]
     values = [_values(run) for run in runs]
     data = {
-        "steps": sorted({step for run in runs for step in run.steps}),
+        "steps": _steps(runs),
         "pool": pool.urls,
         "runs": [
             {
@@ -82,6 +82,10 @@ def page(runs):
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     # In one pass: what is filled in is not looked at again.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: blocks[match[1]], template)
+
+
+def _steps(runs):
+    return sorted({step for run in runs for step in run.steps})
 
 
 def _metrics(run):
@@ -248,6 +252,8 @@ def _galleries(labels, galleries, pool):
 
 
 def _charts(runs, labels, values):
+    steps = _steps(runs)
+
     def draw(metric, title, note, log=False):
         curves = [
             Curve(k, b, label.words, run.steps, tables[b][metric], image.best)
@@ -259,7 +265,7 @@ def _charts(runs, labels, values):
             lowest = [Curve(0, b, "", runs[0].steps, table["probability_min"], least=True)
                       for b, table in enumerate(values[0])]  # fmt: skip
             curves += lowest
-        return chart(metric, title, note, curves, log)
+        return chart(metric, title, note, curves, steps, log)
 
     parts, watched = (_union(getattr(run, names) for run in runs) for names in ("parts", "watched"))
     columns = {name: title for run in reversed(runs) for name, title in run.columns.items()}

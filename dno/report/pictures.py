@@ -79,8 +79,8 @@ def encode(path, side, quality, flat=False):
     if lossless or flat:
         files["png"] = _saved(image, format="PNG", optimize=True)
     if not lossless:
-        sampling = {"subsampling": 0} if flat else {}
-        files["jpeg"] = _saved(image, format="JPEG", quality=quality, optimize=True, **sampling)
+        # Not with `optimize`: it fails for images that hardly compress.
+        files["jpeg"] = _saved(image, format="JPEG", quality=quality, subsampling=0 if flat else "4:2:0")
     kind = min(files, key=lambda kind: len(files[kind]))
     return f"data:image/{kind};base64,{base64.b64encode(files[kind]).decode()}"
 

@@ -258,13 +258,9 @@ def _value(entry, b, name):
 
 
 def number(value):
-    """The value as a finite float, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # an integer beyond all floats
-        return None
+    """The value as a float, else None: also if it is not finite, or too large to be drawn."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) < 1e300 else None
 
 
 def choose_steps(steps, count, best=None):

@@ -10,9 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from dno.methods.gradients import Backpropagation
-from dno.settings import Settings
-from dno.task import Loaded, Problem
+from dno.methods import method_class
 
 EXACT = ["none", "partial", "step", "block", "split"]
 SMALL = ["--small", "--device", "cpu", "--sizes", "16", "--num_steps", "2", "--iterations", "1"]
@@ -31,8 +29,13 @@ def gpu():
 
 
 def gpu_page():
-    """The other half of the benchmark, which is imported with it."""
+    """The benchmark's page, which is imported with it."""
     return sys.modules["gpu_page"]
+
+
+def measuring():
+    """What the benchmark measures, likewise."""
+    return sys.modules["gpu_measure"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def rows(gpu, tmp_path_factory):
     """Every figure of a whole run on tiny networks, and its page; without the regularizer, as in the official loop."""
     folder = tmp_path_factory.mktemp("gpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "GAMMA", 0.0)
+        patch.setattr(measuring(), "GAMMA", 0.0)
         code = gpu.main([
             *SMALL, "--models", "sd15", "sdxl", "--official",
             "--output", str(folder / "page.md"), "--json", str(folder / "rows.json"),
@@ -105,31 +108,29 @@ def test_targets_are_not_measured_on_tiny_networks(rows):
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_flops_of_a_call_are_those_of_a_real_one(gpu, name):
-    architecture = gpu.TINY_ARCHITECTURES[name]
-    model = gpu.random_model(architecture, torch.float32, "cpu")
+    architecture = measuring().TINY_ARCHITECTURES[name]
+    model = measuring().random_model(architecture, torch.float32, "cpu")
     x = torch.randn(model.latent_shape(1, 16, 16), requires_grad=True)
     conditioning = model.encode_prompts([""])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
         eps = model.denoise(x, model.point(500), conditioning, 5.0)[1]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as backward:
         torch.autograd.grad(eps.sum(), x)
-    counted = gpu.count_flops(architecture, 16)
+    counted = measuring().count_flops(architecture, 16)
     assert counted["call"] == forward.get_total_flops() > 0
     assert counted["call backward"] == backward.get_total_flops() > 0
 
 
 @pytest.mark.parametrize("plan", [*EXACT, "skip_unet"])
 def test_work_of_a_plan_is_that_of_a_real_iteration(gpu, plan):
-    architecture = gpu.TINY_ARCHITECTURES["sd15"]
-    model = gpu.random_model(architecture, torch.float32, "cpu")
-    settings = Settings(model="random", height=16, width=16, num_steps=2, output=None, **gpu.PLANS[plan])
-    problem = Problem(settings.resolve(), loaded=Loaded(model))
-    problem.load()
-    source = Backpropagation(problem.render, problem.losses, problem.free)
-    with sdpa_kernel(SDPBackend.MATH), Flops() as counter:
-        source(problem.starting_noise(), [0])
-    problem.release()
-    said = gpu.tera_flops(architecture, 16, gpu.work_of(problem.plan, 2)) * 1e12
+    architecture = measuring().TINY_ARCHITECTURES["sd15"]
+    model = measuring().random_model(architecture, torch.float32, "cpu")
+    with measuring().make_task("dno", model, height=16, width=16, num_steps=2, **gpu.PLANS[plan]) as task:
+        method = method_class("dno")(task)
+        state = method.start()
+        with sdpa_kernel(SDPBackend.MATH), Flops() as counter:
+            method.source(state.z([0]), state.rest([0]), [0], 0)
+    said = measuring().tera_flops(architecture, 16, measuring().work_of(task.plan, 2)) * 1e12
     if plan in ("block", "split"):  # what lies outside of the blocks is not computed again
         assert 0.9 * said < counter.total <= said
     else:
@@ -152,7 +153,7 @@ def test_what_does_not_fit_is_a_row_and_the_rest_goes_on(gpu, monkeypatch, capsy
 
 
 def test_another_failure_is_a_row_too_and_the_exit_code_says_so(gpu, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "measure", lambda job: gpu._check(reward=float("nan"), grad_norm=1.0))
+    monkeypatch.setattr(gpu, "measure", lambda job: measuring().check(reward=float("nan"), grad_norm=1.0))
     assert gpu.main([*SMALL, "--models", "sd15", "--plans", "step"]) == 1
     out, err = capsys.readouterr()
     assert "| tiny SD, 16 px, step | ArithmeticError: reward nan, gradient norm 1 | - |" in out
@@ -174,7 +175,7 @@ def test_a_process_that_the_system_ends_was_out_of_memory(gpu, monkeypatch):
 @pytest.mark.parametrize("figures", [(float("inf"), 1.0), (1.0, float("nan")), (1.0, 0.0)])
 def test_figures_of_a_broken_iteration_are_refused(gpu, figures):
     with pytest.raises(ArithmeticError):
-        gpu._check(*figures)
+        measuring().check(*figures)
 
 
 @pytest.mark.parametrize("card, rate", [
@@ -213,7 +214,7 @@ def test_the_networks_have_the_published_sizes(gpu):
         return sum(parameter.numel() for parameter in network.parameters())
 
     for name, unet in (("sd15", 859_520_964), ("sdxl", 2_567_463_684)):
-        model = gpu.random_model(gpu.ARCHITECTURES[name], torch.bfloat16, "meta")
+        model = measuring().random_model(measuring().ARCHITECTURES[name], torch.bfloat16, "meta")
         assert parameters(model.network) == unet
         assert parameters(model.vae) == 83_653_863
 
@@ -233,9 +234,9 @@ def test_on_a_card_the_peaks_are_its_own_and_the_page_names_its_rate(gpu, monkey
     monkeypatch.setattr(page, "matmul_tflops", lambda device, dtype: 790.0)
     calls = []
     last = {"reward": 0.1, "grad_norm": 2.0}
-    meter = gpu.Meter(torch.device("cuda"), calls.append, num_calls=3, warm_up=1, last=lambda: last)
-    for iteration in range(3):
-        meter(iteration)
+    meter = measuring().Meter(torch.device("cuda"), calls.append, num_calls=3, warm_up=1)
+    for _ in range(3):
+        meter(**last)
     assert calls == [0, 1, 2] * 3 and len(meter.measured) == 2
     figures = meter.figures()
     assert (figures["peak"], figures["reserved"], figures["first"]) == (5.0, 6.0, last)

@@ -74,23 +74,24 @@ def test_the_table_has_start_and_times_and_a_second_start_makes_nothing(flags, t
     assert (tmp_path / "out" / "table.md").read_text(encoding="utf-8") == text
 
 
-def test_a_run_that_was_cut_short_goes_on(flags, tmp_path, monkeypatch):
-    flags[flags.index("--minutes") + 1 : flags.index("--prompts")] = ["0.03"]
+def test_a_run_that_was_cut_short_is_resumed(flags, tmp_path, monkeypatch):
+    flags[flags.index("--minutes") + 1 : flags.index("--prompts")] = ["0.1"]
     flags[flags.index("--limit") + 1] = "1"
+    del flags[flags.index("--objectives") + 2]  # one reward
 
     def cut(metrics):
         raise KeyboardInterrupt
 
-    align = paper_table.align
-    monkeypatch.setattr(paper_table, "align", lambda **settings: align(callback=cut, **settings))
+    run_all = paper_table.run_all
+    monkeypatch.setattr(paper_table, "run_all", lambda *sweep, callback: run_all(*sweep, callback=cut))
     with pytest.raises(KeyboardInterrupt):
         paper_table.main(flags)
     (metrics,) = (tmp_path / "out").rglob("metrics.jsonl")
     begun = metrics.read_text().splitlines()
     assert len(begun) == 1
 
-    monkeypatch.setattr(paper_table, "align", align)
-    assert paper_table.main(flags) == 2
+    monkeypatch.setattr(paper_table, "run_all", run_all)
+    assert paper_table.main(flags) == 1
     lines = metrics.read_text().splitlines()
     assert lines[:1] == begun and len(lines) > 1
 

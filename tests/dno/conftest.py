@@ -25,20 +25,24 @@ def rank_server():
 
 @pytest.fixture
 def launch(rank_server, tmp_path, tiny_folder):
-    """launch(size, flags, during=None, **defaults) -> [(exit code, standard output, standard error)] of each rank.
+    """launch(size, flags, during=None, environment={}, **defaults) -> [(exit code, output, error output)] of each rank.
 
     The runs are of the tiny model unless the flags say otherwise. during: called with the process ids of the ranks.
+    environment: variables to change; None removes one.
     """
     if sys.platform == "win32":
         pytest.skip("ranks are forked")
 
-    def launch(size, flags, during=None, **defaults):
+    def launch(size, flags, during=None, environment=None, **defaults):
         settings = {
             "prefix": "SD-NoGrad", "estimator": "hybrid", "model": str(tiny_folder), "num_steps": 3, "opt_steps": 3,
-            "objective": ("contrast",), "num_samples": 6, "save_every": 100, "checkpointing_steps": 1, "draw": False,
-            **defaults,
+            "objective": ("contrast",), "num_samples": 6, "save_every": 100, "checkpointing_steps": 1,
+            "draw": False, **defaults,
         }  # fmt: skip
-        request = {"size": size, "flags": flags.split(), "cwd": str(tmp_path), "defaults": settings}
+        request = {
+            "size": size, "flags": flags.split(), "cwd": str(tmp_path), "defaults": settings,
+            "environment": environment or {},
+        }  # fmt: skip
         rank_server.stdin.write(json.dumps(request) + "\n")
         rank_server.stdin.flush()
         pids = json.loads(rank_server.stdout.readline())["pids"]

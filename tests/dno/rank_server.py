@@ -1,7 +1,8 @@
 """Runs the ranks of tests as `torchrun` would, forked from one process that has the libraries imported already.
 
-Reads one JSON request a line, {"size", "flags", "cwd", "defaults"}; answers with {"pids"} when the ranks are started
-and {"codes"} when all have ended. As under torchrun, the end of one rank with an error is SIGTERM for the others.
+Reads one JSON request per line, {"size", "flags", "cwd", "defaults", "environment"}; answers with {"pids"} when
+the ranks are started and {"codes"} when all have ended. As under torchrun, the end of one rank with an error is
+SIGTERM for the others.
 """
 
 import json
@@ -28,11 +29,11 @@ def main():
         serve(**json.loads(line))
 
 
-def serve(size, flags, cwd, defaults):
+def serve(size, flags, cwd, defaults, environment):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pids = [start(rank, size, port, flags, cwd, defaults) for rank in range(size)]
+    pids = [start(rank, size, port, flags, cwd, defaults, environment) for rank in range(size)]
     print(json.dumps({"pids": pids}), flush=True)
     codes, failed, began = {}, None, time.monotonic()
     while len(codes) < size:
@@ -50,7 +51,7 @@ def serve(size, flags, cwd, defaults):
     print(json.dumps({"codes": [codes[pid] for pid in pids]}), flush=True)
 
 
-def start(rank, size, port, flags, cwd, defaults):
+def start(rank, size, port, flags, cwd, defaults, changes):
     """Fork one rank: the script's main, with its output in files of its own. Returns its process id."""
     pid = os.fork()
     if pid:
@@ -66,7 +67,10 @@ def start(rank, size, port, flags, cwd, defaults):
             "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "OMP_NUM_THREADS": 1,
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
         }  # fmt: skip
-        os.environ.update({name: str(value) for name, value in environment.items()})
+        for name, value in {**environment, **changes}.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = str(value)
         import torch
 
         from dno.cli import main

@@ -1,12 +1,24 @@
 """Rewards by name and from a user's file: what is read, what is checked, and what a mistake is told."""
 
+import hashlib
+
+import numpy as np
 import pytest
 import torch
 
 import rewards
 from dno import align
 from dno.errors import UserError
-from dno.objectives import METRICS, Losses, Objective, describe, parse_objective, parse_objectives
+from dno.objectives import (
+    METRICS,
+    Losses,
+    Objective,
+    describe,
+    objective_texts,
+    parse_evaluations,
+    parse_objective,
+    parse_objectives,
+)
 from rewards import RFUNCTIONS
 
 PROMPTS = ["white duck", "red car"]
@@ -128,6 +140,54 @@ def test_a_list_keeps_its_order_and_has_no_name_twice():
     assert "'black' is given 2 times" in refused(parse_objectives, ["black", "white", "black:2"], RFUNCTIONS)
 
 
+@pytest.mark.parametrize(
+    ("value", "texts"),
+    [("black", ("black",)), ("black:0.5", ("black:0.5",)), (["black", "white:-2"], ("black", "white:-2")),
+     (("black",), ("black",)), ((), ()), ({}, ()),
+     ({"black": 1, "white": 0.5}, ("black", "white:0.5")), ({"black": 2}, ("black:2",)), ({"black": 2.0}, ("black:2",)),
+     ({"black": 1e-9}, ("black:1e-09",)), ({"black": 0.1 + 0.2}, ("black:0.30000000000000004",)),
+     ({"black": np.float32(0.5)}, ("black:0.5",)), ({r"C:\my.py:score": 1.0}, (r"C:\my.py:score",))],
+)  # fmt: skip
+def test_ways_to_write_objectives_in_python(value, texts):
+    assert objective_texts(value) == texts
+
+
+def test_a_dict_of_weights_is_read_back_exactly():
+    weights = {"black": 0.1 + 0.2, "white": -1e-300, "contrast": 3}
+    assert {o.name: o.weight for o in parse_objectives(weights, RFUNCTIONS)} == weights
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(None, "got None; expected a name"), (3, "got 3; expected a name"), (0.5, "got 0.5"), (True, "got True"),
+     ("", "got ''"), (["black", ""], "got ''"), (["black", None], "got ['black', None]"), ({"": 1}, "got ''"),
+     ({3: 1}, "got 3"), ({"black"}, "got {'black'}"), (b"black", "got b'black'"),
+     ({"black": "much"}, "the weight of 'black' is 'much'; expected a number"), ({"black": None}, "'black' is None"),
+     ({"black": True}, "'black' is True"), ([("black", 1)], "got [('black', 1)]")],
+)  # fmt: skip
+def test_what_is_no_objective(value, words):
+    assert words in refused(objective_texts, value)
+    assert refused(objective_texts, value, "evaluate").startswith("evaluate: ")
+
+
+@pytest.mark.parametrize("weight", [0, float("nan"), float("inf")])
+def test_a_weight_that_weighs_nothing_is_refused_when_it_is_read(weight):
+    assert "expected a number other than 0" in refused(parse_objectives, {"black": weight}, RFUNCTIONS)
+
+
+def test_evaluations_have_no_weights():
+    assert [e.name for e in parse_evaluations({"white": 1, "black": 1}, RFUNCTIONS)] == ["white", "black"]
+    assert "--evaluate white:0.5" in refused(parse_evaluations, ["black", "white:0.5"], RFUNCTIONS)
+
+
+def test_further_names_can_be_reserved(write):
+    path = write("def score(inference_dtype=None, device=None): pass\n")
+    assert parse_objectives([f"{path}:score"], RFUNCTIONS)[0].name == "score"
+    for parse in (parse_objectives, parse_evaluations):
+        message = refused(lambda parse=parse: parse([f"{path}:score"], RFUNCTIONS, reserved=(*METRICS, "score")))
+        assert "rename the function" in message
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_a_function_must_not_have_the_name_of_another_metric(write, name):
     path = write(f"def {name}(inference_dtype=None, device=None): pass\n")
@@ -188,7 +248,7 @@ def test_shapes_and_types_that_mean_one_loss_an_image(batch, loss_fn):
      (lambda x, p: x.mean(), ("shape ()", "2 images", "expected (2,)")),
      (lambda x, p: x.mean(dim=1), ("shape (2, 4, 4)", "expected (2,)")),
      (lambda x, p: x.mean(dim=(1, 2, 3)).repeat(2), ("shape (4,)", "expected (2,)")),
-     (lambda x, p: x.detach().mean(dim=(1, 2, 3)), ("no gradient", "dno_stable_diffusion_nograd.py")),
+     (lambda x, p: x.detach().mean(dim=(1, 2, 3)), ("no gradient", "--estimator hybrid")),
      (lambda x, p: x @ torch.ones(7, 7), ("failed: RuntimeError", "test_objectives.py:")),
      (lambda x, p: {}["score"], ("failed: KeyError: 'score' (test_objectives.py:",))],
 )  # fmt: skip
@@ -217,8 +277,9 @@ def test_a_factory_that_fails_or_forgets_to_return():
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError(), MemoryError(), RuntimeError("can't allocate memory"), KeyboardInterrupt()],
-)
+    [torch.OutOfMemoryError(), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+     KeyboardInterrupt()],
+)  # fmt: skip
 def test_memory_and_interruption_are_not_the_rewards_fault(error):
     def loss_fn(images, prompts):
         raise error
@@ -226,6 +287,34 @@ def test_memory_and_interruption_are_not_the_rewards_fault(error):
     with pytest.raises(type(error)) as raised:
         losses(loss_fn)(torch.zeros(2, 3, 4, 4), PROMPTS)
     assert raised.value is error
+
+
+def test_the_files_of_losses_are_their_own_whatever_is_configured_later(tmp_path):
+    """As when several runs share their rewards and another run with other rewards comes between."""
+    for name in "abc":
+        (tmp_path / name).write_bytes(name.encode())
+
+    def reward(name):
+        def factory(inference_dtype=None, device=None):
+            rewards.weights.loaded(name, tmp_path / name)
+            return lambda images, prompts: images.mean(dim=(1, 2, 3))
+
+        return Objective(name, 1.0, factory)
+
+    rewards.configure()
+    first = Losses([reward("a"), reward("b")])
+    same_again = Losses([reward("a")])
+    rewards.configure()
+    other = Losses([reward("c")])
+    digest = {name: hashlib.sha256(name.encode()).hexdigest() for name in "abc"}
+    expected = {name: {"model": name, "file": name, "sha256": digest[name]} for name in "abc"}
+    assert first.files == [expected["a"], expected["b"]]
+    assert same_again.files == [expected["a"]] and other.files == [expected["c"]]
+    assert rewards.loaded_files() == other.files, "what was loaded since `configure`, as ever"
+
+
+def test_losses_without_weights_have_no_files():
+    assert Losses([Objective("black", 1.0, RFUNCTIONS["black"])]).files == []
 
 
 # The published recipe.

@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from dno.regularization import _num_segments, probability, probability_min, probability_penalty
+from dno.regularization import (
+    MAX_SUBSAMPLE,
+    SEGMENTS,
+    _num_segments,
+    probability,
+    probability_min,
+    probability_penalty,
+)
 
 
 def naive_log_probabilities(values, k):
@@ -124,6 +131,20 @@ def test_batch_equals_its_images_alone():
 def test_rows_must_divide_the_noise():
     with pytest.raises(ValueError, match="48 noise values do not divide into rows of 64"):
         probability(draw(1, shape=(3, 4, 4)), subsample=3)
+
+
+@pytest.mark.parametrize("subsample", [-1, 5])
+def test_rows_that_would_make_huge_tables_are_refused(subsample):
+    noise = draw()  # 26 * 1024 values, which rows of 1024 divide
+    for function in (probability, probability_min, lambda z, s: probability_penalty(z, generators(0), s)):
+        with pytest.raises(ValueError, match=f"subsample is {subsample}; expected 0 to 4"):
+            function(noise, subsample)
+
+
+def test_the_tables_of_the_largest_rows_are_small():
+    """Numbers in the table of pairs for each permutation: at most k * max(k, SEGMENTS)."""
+    k = 4**MAX_SUBSAMPLE
+    assert k <= SEGMENTS and k * _num_segments(26 * 1024, k) <= 2**17
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ import time
 import pytest
 import torch
 
+from dno.errors import UserError
 from dno.noise import load_noise
 from dno.runs.checkpoints import load_newest
+from dno.team import join_team, shares
 
 
 def only_run(tmp_path, output="output"):
@@ -67,7 +69,95 @@ def test_the_first_alone_speaks_and_writes(launch, tmp_path):
     assert "it/s" not in other_err and len(list((tmp_path / "output").iterdir())) == 1
 
 
-# Faults, each caused for real. What is left can be gone on with.
+# What the launcher announces, and what this machine has.
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+
+
+@without_gpu
+def test_ranks_on_a_machine_without_a_gpu_are_one_team_whether_or_not_accelerate_is_told(launch, tmp_path):
+    results = launch(2, "--opt_steps 1", environment={"ACCELERATE_USE_CPU": None})
+    assert [code for code, *_ in results] == [0, 0], results
+    assert "2 processes" in results[0][1] and results[1][1] == ""
+    only_run(tmp_path)
+
+
+@without_gpu
+@pytest.mark.parametrize("cpu", ["true", None])
+def test_a_gpu_that_is_not_there_is_refused_in_a_team_too(launch, tmp_path, cpu):
+    for code, out, err in launch(2, "--device cuda", environment={"ACCELERATE_USE_CPU": cpu}):
+        assert code == 2 and out == "" and not (tmp_path / "output").exists()
+        assert "error: --device cuda" in err and "use --device auto" in err and err.count("\n") == 1
+
+
+ANNOUNCED = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [({"RANK": None, "MASTER_ADDR": None, "MASTER_PORT": None}, "got RANK '', MASTER_PORT '', MASTER_ADDR ''"),
+     ({"MASTER_ADDR": ""}, "got MASTER_ADDR ''"),
+     ({"RANK": None}, "got RANK ''"),
+     ({"RANK": "first"}, "got RANK 'first'"),
+     ({"RANK": "2"}, "got RANK 2 of WORLD_SIZE 2"),
+     ({"WORLD_SIZE": "two"}, "got WORLD_SIZE 'two'"),
+     ({"WORLD_SIZE": "0"}, "got RANK 0 of WORLD_SIZE 0"),
+     ({"MASTER_PORT": None}, "got MASTER_PORT ''")],
+)  # fmt: skip
+def test_what_another_launch_has_left_behind_is_one_line(monkeypatch, changed, words):
+    for name, value in {**ANNOUNCED, **changed}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as error:
+        join_team("auto", 10)
+    assert words in str(error.value) and "unset WORLD_SIZE" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [None, "", "1"])
+def test_one_process_needs_nothing_of_a_launcher(monkeypatch, size):
+    for name in (*ANNOUNCED, "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    team = join_team("auto", 10)
+    assert team.size == 1 and team.leads
+
+
+def test_a_device_that_accelerate_is_told_not_to_use_is_refused(monkeypatch):
+    for name, value in {**ANNOUNCED, "ACCELERATE_USE_CPU": "true"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="--device cuda: ACCELERATE_USE_CPU selects the CPU"):
+        join_team("cuda", 10)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "perhaps")
+    with pytest.raises(UserError, match="ACCELERATE_USE_CPU is 'perhaps'; expected true or false"):
+        join_team("auto", 10)
+
+
+def test_ranks_that_never_come_are_one_line(launch):
+    ((code, _, err),) = launch(1, "--timeout 3", environment={"WORLD_SIZE": 2})
+    assert code == 2 and "the 2 processes that WORLD_SIZE announces could not be joined at 127.0.0.1:" in err
+    assert "Traceback" not in err and "start all of them" in err
+
+
+@without_gpu
+def test_ranks_that_accelerate_does_not_join_are_refused(monkeypatch):
+    """As on a Mac, where each of them would be alone, and write a run of its own."""
+    from accelerate.state import AcceleratorState
+
+    for name, value in ANNOUNCED.items():
+        monkeypatch.setenv(name, value)
+    for name in ("LOCAL_RANK", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    AcceleratorState._reset_state(True)
+    try:
+        with pytest.raises(UserError, match="2 processes, but on the device mps each of them is alone"):
+            join_team("auto", 10)
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+# Faults, each caused for real. What is left can be resumed.
 
 
 def check_ended(results, tmp_path, words, codes=None):
@@ -82,7 +172,7 @@ def check_ended(results, tmp_path, words, codes=None):
 def test_a_rank_that_raises(launch, tmp_path, reward):
     flags = reward("raise ValueError('the service is gone')")
     results = launch(2, f"{flags} --max_bad_samples 4 --timeout 30")
-    check_ended(results, tmp_path, "4 samples in a row without a finite reward")
+    check_ended(results, tmp_path, "4 consecutive samples without a finite reward")
     assert "rank 1: the reward 'fickle' failed: ValueError: the service is gone (reward.py:" in results[1][2]
 
 
@@ -98,25 +188,25 @@ def test_a_rank_with_a_fault_of_its_own(launch, tmp_path, reward):
 
 
 def test_a_rank_that_exits_early(launch, tmp_path, reward):
-    check_ended(launch(2, f"{reward('os._exit(3)')} --timeout 30"), tmp_path, "error: rank 1 ended without a word")
+    check_ended(launch(2, f"{reward('os._exit(3)')} --timeout 30"), tmp_path, "error: rank 1 exited without")
 
 
 def test_a_rank_that_is_killed(launch, tmp_path, reward):
     flags, began = reward("pass"), time.monotonic()
 
     def kill(pids):
-        while not any((tmp_path / "output").glob("*/checkpoints/000002")):
+        while not any((tmp_path / "output").glob("*/checkpoints/000002.safetensors")):
             assert time.monotonic() - began < 60
             time.sleep(0.01)
         os.kill(pids[1], signal.SIGKILL)
 
-    check_ended(launch(2, f"{flags} --opt_steps 5000 --timeout 30", kill), tmp_path, "rank 1 ended without a word")
+    check_ended(launch(2, f"{flags} --opt_steps 5000 --timeout 30", kill), tmp_path, "rank 1 exited without")
 
 
 def test_a_rank_that_stalls(launch, tmp_path, reward):
     began = time.monotonic()
     results = launch(2, f"{reward('time.sleep(1000)')} --timeout 6")
-    check_ended(results, tmp_path, "rank 1 did not answer within 6 seconds (--timeout)")
+    check_ended(results, tmp_path, "rank 1 did not answer within 6 seconds; if it is not stalled, raise --timeout")
     assert time.monotonic() - began < 40
 
 
@@ -150,3 +240,19 @@ def test_a_leader_who_tries_many_starts_is_not_taken_for_stalled(launch, tmp_pat
         (tmp_path / "reward.py").read_text().replace("return -images", "time.sleep(0.7)\n        return -images")
     )
     assert [code for code, *_ in launch(2, f"{flags} --best_of 14 --timeout 8 --num_samples 2")] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("units", "ranks", "burden", "expected"),
+    [
+        (16, 1, 3, [16]),
+        (16, 2, 3, [6, 10]),  # 6 + 3 against 10
+        (16, 2, 0, [8, 8]),
+        (16, 4, 3, [2, 4, 5, 5]),
+        (3, 4, 3, [0, 1, 1, 1]),
+        (2, 4, 3, [0, 0, 1, 1]),
+    ],
+)
+def test_shares_are_even_and_the_first_process_gets_fewer(units, ranks, burden, expected):
+    ends = shares(units, ranks, burden)
+    assert [b - a for a, b in zip(ends, ends[1:])] == expected and ends[-1] == units

@@ -69,20 +69,31 @@ def test_errors_are_one_line(picture_files, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     picture = str(picture_files / "0.png")
     for arguments, words in (
-        ([str(tmp_path / "nowhere")], "no picture"),
-        ([str(tmp_path / "empty")], "no pictures in the folder"),
+        ([str(tmp_path / "nowhere")], "is not an image"),
+        ([str(tmp_path / "empty")], "no images in the folder"),
         ([str(broken)], "broken.png"),
         ([picture, "--csv", str(tmp_path / "nowhere" / "x.csv")], "--csv"),
         ([picture, "--pick_path", str(tmp_path)], "config.json"),
     ):
-        assert main(["score", "--reward", "pick" if "pick" in str(arguments) else "white", *arguments]) == 1
+        assert main(["score", "--reward", "pick" if "pick" in str(arguments) else "white", *arguments]) == 2
         error = capsys.readouterr().err.strip()
         assert error.startswith("error: ") and words in error and "\n" not in error
-    assert main(["score", "--reward", "white", "whit", picture]) == 1
-    assert "whit is no picture" in capsys.readouterr().err
+    assert main(["score", "--reward", "white", "whit", picture]) == 2
+    assert "whit is not an image" in capsys.readouterr().err
     with pytest.raises(SystemExit) as left:
         main(["score", "--reward", picture])
     assert left.value.code == 2
+
+
+def test_a_reward_whose_library_is_missing_is_one_line(picture_files, tmp_path, monkeypatch, capsys):
+    """As without the extra `rewards`."""
+    (tmp_path / "HPS_v2_compressed.pt").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    flags = ["--reward", "hps", "--hps_path", str(tmp_path)]
+    assert main(["score", *flags, str(picture_files / "0.png")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: this reward needs open_clip") and error.endswith("pip install open_clip_torch")
+    assert "\n" not in error
 
 
 def test_it_runs_as_a_module_and_lists_the_rewards():

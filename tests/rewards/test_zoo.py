@@ -32,9 +32,21 @@ def custom_loss_fn(inference_dtype=None, device=None):
     table.write_text(
         table.read_text().replace("RFUNCTIONS = {", 'RFUNCTIONS = {\n    "redness": custom_loss_fn,')
     )
-    code = "import torch, rewards as r; f = r.RFUNCTIONS['redness']; print(f()(torch.zeros(2, 3, 8, 8), ['', '']).tolist(), r.is_differentiable(f))"  # noqa: E501
+    zoo.write_text(
+        zoo.read_text()
+        + """
+
+def scored_by_hand(inference_dtype=None, device=None):
+    return lambda images, prompts: torch.zeros(len(images))
+
+
+scored_by_hand.differentiable = False
+"""
+    )
+    table.write_text(table.read_text().replace("RFUNCTIONS = {", 'RFUNCTIONS = {\n    "by_hand": scored_by_hand,'))
+    code = "import torch, rewards as r; f = r.RFUNCTIONS['redness']; print(f()(torch.zeros(2, 3, 8, 8), ['', '']).tolist(), r.is_differentiable(f), [n for n, g in r.RFUNCTIONS.items() if not g.differentiable])"  # noqa: E501
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.strip() == "[-0.5, -0.5] True", done.stderr
+    assert done.stdout.strip() == "[-0.5, -0.5] True ['by_hand', 'jpeg', 'jpeg_incompressibility']", done.stderr
 
 
 def test_public_names_and_rows():

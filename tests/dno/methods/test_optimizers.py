@@ -49,6 +49,26 @@ def test_norm_preserving_step():
     torch.testing.assert_close(z[1, 2].detach(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_map_that_is_zero_stays_zero_and_the_others_move(dtype):
+    z = maps(2, 8, 8).to(dtype)
+    z[0] = 0
+    z.requires_grad_().grad = maps(2, 8, 8, seed=1).to(dtype)
+    before = z.detach().clone()
+    NormPreservingDescent([z], lr=0.02, precondition=spectral).step()
+    assert torch.equal(z[0], before[0]) and not torch.equal(z[1], before[1]) and z.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_every_map_with_a_gradient_moves_by_lr_whatever_the_gradients_size(scale):
+    """So does one that the regularizer alone gives a gradient; see the docstring."""
+    z = maps(1, 8, 8).requires_grad_()
+    before = z.detach().clone()
+    z.grad = scale * maps(1, 8, 8, seed=1)
+    NormPreservingDescent([z], lr=0.02, precondition=spectral).step()
+    assert (rms(z.detach() - before) / rms(before)).sqrt().item() == pytest.approx(0.02, rel=0.1)
+
+
 @pytest.mark.parametrize("precondition", ["none", "spectral"])
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_every_optimizer_descends(name, precondition):

@@ -4,7 +4,9 @@ import importlib
 import json
 import re
 import shutil
+import warnings
 
+import diffusers
 import huggingface_hub
 import pytest
 import torch
@@ -18,8 +20,7 @@ import dno
 from dno.errors import UserError
 from dno.models.loading import check_model
 from dno.models.specs import resolve_device, resolve_precision
-from dno.models.stable_diffusion import StableDiffusion
-from dno.models.stable_diffusion_xl import StableDiffusionXL
+from dno.models.stable_diffusion import SCHEDULERS, StableDiffusion, StableDiffusionXL
 
 httpx = importlib.import_module(errors.HTTPError.__module__.partition(".")[0])  # or its successor httpx2
 UNET, VAE_FILE = "unet/diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors"
@@ -41,7 +42,7 @@ def copy(tiny_folder, tmp_path):
 
 
 def weights(model):
-    networks = {"unet": model.unet, "vae": model.vae}
+    networks = {"unet": model.network, "vae": model.vae}
     networks.update({name: getattr(model.pipe, name) for name in model.text_encoders})
     return {f"{name}.{key}": value for name, network in networks.items() for key, value in network.state_dict().items()}
 
@@ -56,9 +57,9 @@ def same_weights(a, b):
 
 def test_a_folder_is_loaded_frozen_and_as_it_is(tiny_folder, tiny_model):
     saved = load_file(tiny_folder / UNET)
-    assert all(torch.equal(value, saved[key]) for key, value in tiny_model.unet.state_dict().items())
+    assert all(torch.equal(value, saved[key]) for key, value in tiny_model.network.state_dict().items())
     assert not any(value.requires_grad for value in weights(tiny_model).values())
-    assert not (tiny_model.unet.training or tiny_model.vae.training or tiny_model.pipe.text_encoder.training)
+    assert not (tiny_model.network.training or tiny_model.vae.training or tiny_model.pipe.text_encoder.training)
     assert same_weights(tiny_model, dno.load_model(tiny_folder))  # a Path will do
 
 
@@ -216,6 +217,97 @@ def test_a_hub_model_is_loaded_by_its_name_and_its_class_checked_first(monkeypat
     assert "--model owner/name is a FluxPipeline" in refused("owner/name")
 
 
+# What a model's configuration asks for.
+
+
+def configured(folder, part, **changes):
+    """Change the configuration of a part, whose class too if `_class_name` is given; "left out" takes a key out."""
+    path = next((folder / part).glob("*config.json"))
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value != "left out"}))
+    index = json.loads((folder / "model_index.json").read_text())
+    index[part] = [index[part][0], config["_class_name"]]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+UNSUPPORTED = {
+    "flow sigmas": ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
+                    "scheduler is UniPCMultistepScheduler with use_flow_sigmas; expected discrete variance-preserving"),
+    "flow prediction": ({"prediction_type": "flow_prediction"}, "predicts 'flow_prediction'; expected one of"),
+    "betas": ({"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'; expected"),
+    "no signal": ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True},
+                  "end without signal .* expected prediction_type v_prediction"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_scheduler_that_is_not_supported_is_named(copy, name):
+    changes, words = UNSUPPORTED[name]
+    configured(copy, "scheduler", **changes)
+    assert re.search(words, refused(str(copy)))
+
+
+@pytest.mark.parametrize("kind", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
+def test_a_scheduler_of_other_levels_is_named(copy, kind):
+    configured(copy, "scheduler", _class_name=kind)
+    message = refused(str(copy))
+    assert f"the model's scheduler is {kind}; expected" in message and "DDIMScheduler" in message
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_every_scheduler_of_the_table_has_ddims_levels(kind):
+    """All of them give the timesteps and alphas that DDIM does, from the same configuration."""
+    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    try:
+        scheduler = getattr(diffusers, kind)(**config)
+    except ImportError as error:  # some of them want scipy or torchsde
+        pytest.skip(str(error))
+    ours = diffusers.DDIMScheduler.from_config(scheduler.config)
+    torch.testing.assert_close(scheduler.alphas_cumprod, ours.alphas_cumprod)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "ignored"),
+    [("PNDMScheduler", {}, None), ("PNDMScheduler", {"set_alpha_to_one": True}, "set_alpha_to_one=True"),
+     ("DDIMScheduler", {}, None), ("DDIMScheduler", {"clip_sample": False}, None),
+     ("DDIMScheduler", {"clip_sample": True, "thresholding": True}, "clip_sample=True, thresholding=True"),
+     ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas=True"),
+     ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction"},
+      "timestep_type=continuous"),
+     ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True, "algorithm_type": "dpmsolver++"}, "use_lu_lambdas=True")],
+)  # fmt: skip
+def test_what_the_scheduler_asks_for_in_vain_is_one_warning(copy_xl, kind, changes, ignored):
+    configured(copy_xl, "scheduler", _class_name=kind, **changes)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dno.load_model(str(copy_xl))
+    said = [str(w.message) for w in caught if "scheduler" in str(w.message)]
+    assert said == ([f"ignored settings of the model's scheduler: {ignored}"] if ignored else [])
+
+
+def test_a_distilled_unet_and_one_that_predicts_its_variance_are_refused(tiny_model):
+    tiny_model.pipe.unet.register_to_config(time_cond_proj_dim=256)
+    with pytest.raises(UserError, match="guidance scale as an input .time_cond_proj_dim.*LCM LoRA"):
+        StableDiffusion(tiny_model.pipe, "distilled")
+    tiny_model.pipe.unet.register_to_config(time_cond_proj_dim=None, out_channels=8)
+    with pytest.raises(UserError, match="gives 8 channels and its VAE has 4"):
+        StableDiffusion(tiny_model.pipe, "learned variance")
+
+
+def test_the_size_of_a_model_that_does_not_say_it(copy):
+    configured(copy, "unet", sample_size=None)
+    model = dno.load_model(str(copy))
+    assert model.default_size == (16, 16), "the VAE says it, in pixels"
+    configured(copy, "vae", sample_size="left out")
+    model = dno.load_model(str(copy))
+    with pytest.raises(UserError, match="does not say what size its images have; give --height and --width"):
+        model.default_size  # noqa: B018
+    settings = {"num_steps": 2, "opt_steps": 1, "output": None}
+    with pytest.raises(UserError, match="give --height and --width"):
+        dno.align(model=model, **settings)
+    assert dno.align(model=model, height=16, width=24, **settings).images.shape == (1, 3, 16, 24)
+
+
 # Single files.
 
 
@@ -274,7 +366,7 @@ def original_names(state):
 def single_file(tiny_folder, tmp_path_factory):
     """The tiny pipeline's weights in one file, under the names of the original Stable Diffusion code."""
     model, tensors = dno.load_model(tiny_folder), {}
-    for key, value in model.unet.state_dict().items():
+    for key, value in model.network.state_dict().items():
         tensors["model.diffusion_model." + original_unet_key(key)] = value
     for name, value in original_names(model.vae.state_dict()):
         tensors["first_stage_model." + name] = value
@@ -301,9 +393,32 @@ def test_a_single_file_without_config_and_network_names_the_flag(single_file, mo
     assert "without a network, give its pipeline's folder with --model_config" in message
 
 
+# Enough of a single file to be taken for Stable Diffusion, and no more.
+A_UNET = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2)}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "looks"),
+    [("double_blocks.0.img_attn.qkv.weight", "a FLUX model"),
+     ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "a FLUX model"),
+     ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
+     ("lora_unet_down_blocks_1.lora_up.weight", "a LoRA, which goes with --lora"),
+     (f"unet.{TO_Q}.lora_A.weight", "a LoRA, which goes with --lora"),
+     ("control_model.input_blocks.0.0.weight", "a ControlNet")],
+)  # fmt: skip
+def test_a_single_file_of_something_else_is_refused_with_what_it_looks_like(tmp_path, tiny_folder, tensor, looks):
+    path = tmp_path / "other.safetensors"
+    save_file({tensor: torch.zeros(2), "some.weight": torch.zeros(2)}, path)
+    for config in (None, str(tiny_folder)):
+        message = refused(str(path), model_config=config)
+        assert message == f"--model {path} has no UNet of Stable Diffusion: it looks like {looks}"
+    save_file({"some.weight": torch.zeros(2)}, path)
+    assert "has no UNet of Stable Diffusion: its tensors are such as 'some.weight'" in refused(str(path))
+
+
 def test_a_damaged_single_file(single_file, tiny_folder, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(single_file.read_bytes()[:-1000])
-    save_file({"some.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    save_file(A_UNET, tmp_path / "other.safetensors")
     for name in ("cut", "other"):
         message = refused(str(tmp_path / f"{name}.safetensors"), model_config=str(tiny_folder))
         assert f"{name}.safetensors could not be read (is the file whole?)" in message
@@ -338,7 +453,8 @@ def test_a_single_file_of_sdxl_gives_the_folders_model(tiny_xl_folder, tiny_xl_m
     model, path = tiny_xl_model, tmp_path / "xl.safetensors"
     text, text_2 = (getattr(model.pipe, name).state_dict() for name in model.text_encoders)
     tensors = {
-        **{f"model.diffusion_model.{original_unet_key(key)}": value for key, value in model.unet.state_dict().items()},
+        **{f"model.diffusion_model.{original_unet_key(key)}": value
+           for key, value in model.network.state_dict().items()},
         **{f"first_stage_model.{name}": value for name, value in original_names(model.vae.state_dict())},
         **{f"conditioner.embedders.0.transformer.text_model.{key.removeprefix('text_model.')}": value
            for key, value in text.items()},
@@ -351,15 +467,15 @@ def test_a_single_file_of_sdxl_gives_the_folders_model(tiny_xl_folder, tiny_xl_m
 
 def test_a_single_file_of_a_refiner_is_refused_by_its_tensors(tmp_path):
     path = tmp_path / "refiner.safetensors"
-    save_file({"conditioner.embedders.0.model.ln_final.bias": torch.zeros(2)}, path)
+    save_file(A_UNET | {"conditioner.embedders.0.model.ln_final.bias": torch.zeros(2)}, path)
     assert refused(str(path)) == f"--model {path} is an SDXL refiner, which cannot make images of noise alone"
 
 
 def test_a_single_file_of_sdxl_is_known_by_its_tensors_or_its_configuration(tmp_path, tiny_xl_folder, monkeypatch):
     asked = []
     monkeypatch.setattr(StableDiffusionXLPipeline, "from_single_file", lambda path, **kw: asked.append(kw) or 1 / 0)
-    save_file({"conditioner.embedders.1.model.ln_final.bias": torch.zeros(2)}, tmp_path / "xl.safetensors")
-    save_file({"some.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    save_file(A_UNET | {"conditioner.embedders.1.model.ln_final.bias": torch.zeros(2)}, tmp_path / "xl.safetensors")
+    save_file(A_UNET, tmp_path / "other.safetensors")
     assert "could not be read" in refused(str(tmp_path / "xl.safetensors"))
     assert "could not be read" in refused(str(tmp_path / "other.safetensors"), model_config=str(tiny_xl_folder))
     assert [kw["config"] for kw in asked] == [None, str(tiny_xl_folder)]
@@ -478,7 +594,7 @@ def test_a_vae_that_overflows_in_float16_gives_finite_images(tiny_xl_model, copy
 @pytest.fixture(scope="session")
 def lora(tiny_folder, tmp_path_factory):
     """A LoRA's file, as peft and diffusers write it, and its (A, B) of one layer."""
-    unet, folder = dno.load_model(tiny_folder).unet, tmp_path_factory.mktemp("lora")
+    unet, folder = dno.load_model(tiny_folder).network, tmp_path_factory.mktemp("lora")
     with torch.random.fork_rng():
         torch.manual_seed(1)
         unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
@@ -492,18 +608,18 @@ def lora(tiny_folder, tmp_path_factory):
 def test_a_lora_adds_its_scaled_product_to_the_weights(tiny_folder, tiny_model, lora, suffix, scale, as_folder):
     file, (a, b) = lora
     model = dno.load_model(tiny_folder, lora=f"{file.parent if as_folder else file}{suffix}")
-    change = model.unet.get_submodule(TO_Q).weight - tiny_model.unet.get_submodule(TO_Q).weight
+    change = model.network.get_submodule(TO_Q).weight - tiny_model.network.get_submodule(TO_Q).weight
     torch.testing.assert_close(change, scale * b @ a)
     assert change.abs().max() > 0.01
     assert weights(model).keys() == weights(tiny_model).keys()  # nothing of it is left beside the weights
-    assert not any(p.requires_grad for p in model.unet.parameters())
+    assert not any(p.requires_grad for p in model.network.parameters())
 
 
 def test_a_lora_is_added_to_sdxl(tiny_xl_folder, tiny_xl_model, tmp_path):
     a, b = torch.ones(2, 16), torch.full((16, 2), 0.5)
     save_file({f"unet.{TO_Q}.lora_A.weight": a, f"unet.{TO_Q}.lora_B.weight": b}, tmp_path / "lora.safetensors")
     model = dno.load_model(tiny_xl_folder, lora=f"{tmp_path / 'lora.safetensors'}:2")
-    change = model.unet.get_submodule(TO_Q).weight - tiny_xl_model.unet.get_submodule(TO_Q).weight
+    change = model.network.get_submodule(TO_Q).weight - tiny_xl_model.network.get_submodule(TO_Q).weight
     torch.testing.assert_close(change, 2 * b @ a)
 
 

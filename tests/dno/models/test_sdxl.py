@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 import dno
 from dno.errors import UserError
 from dno.memory import Plan, graph_bytes
-from dno.models.stable_diffusion_xl import StableDiffusionXL
+from dno.models.stable_diffusion import StableDiffusionXL
 from dno.sampling import sample
 
 STEPS = 4
@@ -29,20 +29,20 @@ def exact(tiny_xl_folder):
 @pytest.fixture
 def unet_calls(tiny_xl_model, monkeypatch):
     """What the UNet is called with: the batch size and the time ids."""
-    calls, forward = [], tiny_xl_model.unet.forward
+    calls, forward = [], tiny_xl_model.network.forward
 
     def watched(x, *args, added_cond_kwargs, **kw):
         calls.append((len(x), added_cond_kwargs["time_ids"].tolist()))
         return forward(x, *args, added_cond_kwargs=added_cond_kwargs, **kw)
 
-    monkeypatch.setattr(tiny_xl_model.unet, "forward", watched)
+    monkeypatch.setattr(tiny_xl_model.network, "forward", watched)
     return calls
 
 
 def gradient(model, plan=None, size=(8, 8), guidance_scale=5.0, eta=1.0, through_network=True, scale=1.0):
     """The gradient (T + 1, 2, 4, h, w) in the noises of a loss on two images, with their sum."""
     plan = plan or Plan(STEPS, STEPS)
-    model.checkpoint_blocks(plan.unet_blocks, plan.vae_blocks)
+    model.checkpoint_blocks(plan.network_blocks, plan.vae_blocks)
     noise = randn(STEPS + 1, 2, 4, *size, dtype=torch.promote_types(model.dtype, torch.float32)).requires_grad_()
     denoise = partial(
         model.denoise, conditioning=model.encode_prompts(["white duck", "red car"], "a grey cat"),
@@ -51,6 +51,14 @@ def gradient(model, plan=None, size=(8, 8), guidance_scale=5.0, eta=1.0, through
     latents = sample(denoise, noise, model.schedule(STEPS), eta, recompute=plan.recompute(STEPS))
     loss = scale * model.decode(latents).square().mean()
     return torch.autograd.grad(loss, noise)[0], loss.item()
+
+
+def embeddings(conditioning):
+    """As the pipeline orders them: positive, negative, pooled, negative pooled."""
+    halves = conditioning.positive, conditioning.negative
+    return [half["encoder_hidden_states"] for half in halves] + [
+        half["added_cond_kwargs"]["text_embeds"] for half in halves
+    ]
 
 
 # The border, against the published pipeline.
@@ -90,8 +98,8 @@ def test_sampling_is_the_published_pipelines(tiny_xl_model, negative_prompt, siz
 def test_sizes_reach_the_unet_and_matter(tiny_xl_model, unet_calls):
     x, encode = randn(2, 4, 12, 8), tiny_xl_model.encode_prompts
     prompts = ["white duck", "red car"]
-    default, _ = tiny_xl_model.denoise(x, 501, encode(prompts), 5.0)
-    told, _ = tiny_xl_model.denoise(x, 501, encode(prompts, **SIZES), 5.0)
+    default, _ = tiny_xl_model.denoise(x, tiny_xl_model.point(501), encode(prompts), 5.0)
+    told, _ = tiny_xl_model.denoise(x, tiny_xl_model.point(501), encode(prompts, **SIZES), 5.0)
     # Height before width; the same for the negative half.
     assert unet_calls == [(4, [[24, 16, 0, 0, 24, 16]] * 4), (4, [[40, 30, 3, 5, 64, 48]] * 4)]
     assert (default - told).abs().max() > 1e-3
@@ -104,34 +112,35 @@ def test_prompts_are_encoded_as_the_pipeline_does(tiny_xl_model):
             prompts, negative_prompt=None if negative is None else [negative] * 2
         )
         got = tiny_xl_model.encode_prompts(prompts, negative)
-        parts = (got.positive, got.negative, got.pooled, got.negative_pooled)
+        parts = embeddings(got)
         assert [part.shape for part in parts] == [(2, 77, 28)] * 2 + [(2, 10)] * 2
         assert all(torch.equal(*pair) for pair in zip(parts, expected))
     second = got[[1]]
-    assert torch.equal(second.pooled, got.pooled[1:]) and torch.equal(second.negative_pooled, got.negative_pooled[1:])
-    assert second.sizes == got.sizes
+    assert all(torch.equal(row, part[1:]) for row, part in zip(embeddings(second), embeddings(got)))
+    sizes = [each.positive["added_cond_kwargs"]["time_ids"].value for each in (second, got)]
+    assert sizes[0] == sizes[1] == (None, (0, 0), None)
 
 
 def test_the_familys_empty_prompt_is_what_the_configuration_says(tiny_xl_model):
     zeros = tiny_xl_model.encode_prompts(["white duck"])
-    assert not zeros.negative.any() and not zeros.negative_pooled.any()
+    assert not any(part.any() for part in embeddings(zeros)[1::2])
     tiny_xl_model.pipe.register_to_config(force_zeros_for_empty_prompt=False)
     empty, given = (tiny_xl_model.encode_prompts(["white duck"], negative) for negative in (None, ""))
-    assert torch.equal(empty.negative, given.negative) and empty.negative.any()
+    assert torch.equal(embeddings(empty)[1], embeddings(given)[1]) and embeddings(empty)[1].any()
 
 
 def test_without_guidance_the_network_sees_one_half_and_no_negative_prompt_is_encoded(tiny_xl_model, unet_calls):
     x, encode = randn(2, 4, 8, 8), tiny_xl_model.encode_prompts
     prompts = ["white duck", "red car"]
     lone = encode(prompts, "a grey cat", guided=False)
-    assert lone.negative is None and lone.negative_pooled is None and lone[[0]].negative is None
+    assert lone.negative is None and lone[[0]].negative is None
     for scale in (0, 1, 1.5):
-        x0, eps = tiny_xl_model.denoise(x, 501, encode(prompts), scale)
+        x0, eps = tiny_xl_model.denoise(x, tiny_xl_model.point(501), encode(prompts), scale)
         if scale <= 1:
-            assert torch.equal(eps, tiny_xl_model.denoise(x, 501, lone, scale)[1])
+            assert torch.equal(eps, tiny_xl_model.denoise(x, tiny_xl_model.point(501), lone, scale)[1])
     assert [size for size, _ in unet_calls] == [2, 2, 2, 2, 4]
     with pytest.raises(ValueError, match="guidance_scale is 1.5, and the negative prompt was left out"):
-        tiny_xl_model.denoise(x, 501, lone, 1.5)
+        tiny_xl_model.denoise(x, tiny_xl_model.point(501), lone, 1.5)
 
 
 def test_a_cut_prompt_is_said_once_for_both_tokenizers(tiny_xl_model):
@@ -161,7 +170,7 @@ def test_the_schedule_is_ddims_for_the_published_scheduler(tiny_xl_model):
 
 @pytest.mark.parametrize("change", [{"projection_class_embeddings_input_dim": 30}, {"in_channels": 9}])
 def test_a_refiner_and_an_inpainting_model_are_refused(tiny_xl_model, change):
-    tiny_xl_model.unet.register_to_config(**change)
+    tiny_xl_model.network.register_to_config(**change)
     with pytest.raises(UserError, match="a refiner cannot make images of noise alone|models for inpainting") as error:
         StableDiffusionXL(tiny_xl_model.pipe, "other")
     assert "\n" not in str(error.value)
@@ -211,11 +220,11 @@ def test_skipping_the_network_gives_another_gradient_of_the_same_images(tiny_xl_
 PLANS = {
     **{f"{kept} kept": Plan(STEPS, kept) for kept in range(STEPS)},
     "VAE by block": Plan(STEPS, 2, vae_blocks=True),
-    "block": Plan(STEPS, 0, unet_blocks=True, vae_blocks=True),
-    "block, kept": Plan(STEPS, STEPS, unet_blocks=True),
+    "block": Plan(STEPS, 0, network_blocks=True, vae_blocks=True),
+    "block, kept": Plan(STEPS, STEPS, network_blocks=True),
     "split": Plan(STEPS, 0, split_guidance=True),
     "split, kept": Plan(STEPS, STEPS, split_guidance=True),
-    "split, block": Plan(STEPS, 0, unet_blocks=True, vae_blocks=True, split_guidance=True),
+    "split, block": Plan(STEPS, 0, network_blocks=True, vae_blocks=True, split_guidance=True),
 }
 
 
@@ -238,8 +247,9 @@ def test_split_guidance_keeps_one_half_only(tiny_xl_model, unet_calls):
     gradient(tiny_xl_model, Plan(STEPS, STEPS, split_guidance=True))
     assert [size for size, _ in unet_calls] == [2] * 3 * STEPS
     conditioning, x = tiny_xl_model.encode_prompts([""]), randn(1, 4, 8, 8).requires_grad_()
+    denoise = partial(tiny_xl_model.denoise, x, tiny_xl_model.point(501), conditioning)
     one, two, split = (
-        graph_bytes(partial(tiny_xl_model.denoise, x, 501, conditioning, scale, split_guidance=split))
+        graph_bytes(partial(denoise, scale, split_guidance=split))
         for scale, split in ((1, False), (5, False), (5, True))
     )
     assert split < 1.1 * one < 0.6 * two
@@ -248,7 +258,7 @@ def test_split_guidance_keeps_one_half_only(tiny_xl_model, unet_calls):
 def test_networks_are_checkpointed_separately(tiny_xl_model):
     for arguments, expected in (((), (1, 1)), ((False,), (0, 0)), ((True, False), (1, 0)), ((False, True), (0, 1))):
         tiny_xl_model.checkpoint_blocks(*arguments)
-        flags = (tiny_xl_model.unet.is_gradient_checkpointing, tiny_xl_model.vae.is_gradient_checkpointing)
+        flags = (tiny_xl_model.network.is_gradient_checkpointing, tiny_xl_model.vae.is_gradient_checkpointing)
         assert flags == expected
 
 
@@ -257,7 +267,7 @@ def test_compiled_blocks_give_the_same_gradient(tiny_xl_model, backend):
     expected, _ = gradient(tiny_xl_model)
     torch._dynamo.utils.counters.clear()
     tiny_xl_model.compile_blocks(backend=backend)
-    for plan in (Plan(STEPS, STEPS), Plan(STEPS, 0, unet_blocks=True, vae_blocks=True, split_guidance=True)):
+    for plan in (Plan(STEPS, STEPS), Plan(STEPS, 0, network_blocks=True, vae_blocks=True, split_guidance=True)):
         got, _ = gradient(tiny_xl_model, plan)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
@@ -269,7 +279,7 @@ def test_compiled_blocks_give_the_same_gradient(tiny_xl_model, backend):
 def test_half_precision(tiny_xl_folder, tiny_xl_model, dtype, tolerance, plan):
     """With a loss whose gradient float16 has no room for; its VAE is in float32, across the same border."""
     half = dno.load_model(tiny_xl_folder, dtype)
-    assert half.unet.dtype == dtype and half.vae.dtype == (torch.float32 if dtype == torch.float16 else dtype)
+    assert half.network.dtype == dtype and half.vae.dtype == (torch.float32 if dtype == torch.float16 else dtype)
     expected, _ = gradient(tiny_xl_model, scale=1e-7)
     got, _ = gradient(half, plan, scale=1e-7)
     assert not expected.half().any() and got.isfinite().all()

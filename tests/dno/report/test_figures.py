@@ -1,4 +1,4 @@
-"""The pictures of a run against facts known beforehand: which frames, where, in which order, for how long."""
+"""Figures of a run against facts known beforehand: which frames, where, in which order, for how long."""
 
 import json
 import subprocess
@@ -10,7 +10,9 @@ import pytest
 from PIL import Image, ImageChops
 from PIL.PngImagePlugin import PngInfo
 
-from dno.report.figures import COLUMNS, WIDTH, choose_steps, evolution_gif, evolution_sheet, read_run
+from dno.errors import UserError
+from dno.report.figures import COLUMNS, WIDTH, draw_run, evolution_gif, evolution_sheet
+from dno.report.reading import choose_steps
 
 
 def color(step, b=0):
@@ -56,17 +58,6 @@ def boxes(pixels, rgb):
     return box
 
 
-def test_steps_are_even_and_hold_first_best_and_last():
-    assert choose_steps([0, 1, 2], 8, 1) == [0, 1, 2]
-    assert choose_steps(list(range(101)), 5) == [0, 25, 50, 75, 100]
-    assert choose_steps(list(range(101)), 5, 60) == [0, 25, 60, 75, 100]
-    assert choose_steps(list(range(101)), 5, 99) == [0, 25, 50, 99, 100]
-    assert choose_steps([0, 10, 20], 2, 10) == [0, 10, 20]  # nothing between the ends to give way
-    for best in range(57):
-        chosen = choose_steps(list(range(57)), 8, best)
-        assert {0, best, 56} <= set(chosen) and len(chosen) == 8 and chosen == sorted(chosen)
-
-
 def test_sheet_shows_the_chosen_frames_from_left_to_right(tmp_path):
     pixels = sheet(make_run(tmp_path / "run"))
     chosen = choose_steps(list(range(20)), COLUMNS, 17)
@@ -89,17 +80,28 @@ def test_sheet_has_a_row_for_each_image_up_to_four(tmp_path):
         assert boxes(pixels, color(step, 4)) is None
 
 
+def columns(folder):
+    """The iterations that have a colour of `color` on the sheet, of a run of 20, from left to right."""
+    pixels = sheet(folder)
+    found = {step: box for step in range(20) if (box := boxes(pixels, color(step)))}
+    return sorted(found, key=lambda step: found[step][0])
+
+
 def test_first_and_best_stand_in_for_steps_that_were_not_saved(tmp_path):
     folder = make_run(tmp_path / "run", every=5)
-    Image.new("RGB", (16, 16), (1, 2, 3)).save(folder / "best.png")
+    Image.new("RGB", (16, 16), color(17)).save(folder / "best.png")
     Image.new("RGB", (16, 16), (4, 5, 6)).save(folder / "initial.png")
-    assert list(read_run(folder).frames) == [0, 5, 10, 15, 17]
-    assert read_run(folder).frames[0][0].name == "000.png"  # the saved frame comes first
+    assert columns(folder) == [0, 5, 10, 15, 17]  # the saved frame comes before initial.png
+    (folder / "images" / "000.png").unlink()
     pixels = sheet(folder)
-    assert boxes(pixels, color(15))[0] < boxes(pixels, (1, 2, 3))[0]
-    # A batch: each image may be best at a step of its own.
-    (folder / "best_b1.png").write_bytes((folder / "best.png").read_bytes())
-    assert list(read_run(folder).frames) == [0, 5, 10, 15]
+    assert boxes(pixels, (4, 5, 6))[0] < boxes(pixels, color(5))[0]
+
+
+def test_in_a_batch_the_best_of_one_image_is_no_column(tmp_path):
+    folder = make_run(tmp_path / "run", every=5, batch=2)
+    for name in ("best.png", "best_b1.png"):
+        Image.new("RGB", (16, 16), color(17)).save(folder / name)
+    assert columns(folder) == [0, 5, 10, 15]
 
 
 def test_best_image_names_its_own_step(tmp_path):
@@ -107,7 +109,6 @@ def test_best_image_names_its_own_step(tmp_path):
     folder, text = make_run(tmp_path / "run"), PngInfo()
     text.add_itxt("step", "11")
     Image.new("RGB", (16, 16), color(11)).save(folder / "best.png", pnginfo=text)
-    assert read_run(folder).best == 11
     left, top, _, _ = boxes(sheet(folder), color(11))
     assert tuple(sheet(folder)[top - 2, left - 2]) == (0xD5, 0x5E, 0)
 
@@ -116,8 +117,9 @@ def test_an_image_that_stopped_early_stays_as_it_was(tmp_path):
     folder = make_run(tmp_path / "run", steps=4, batch=2)
     for step in (2, 3):
         (folder / "images" / f"{step:03d}_b1.png").unlink()
-    frames = read_run(folder).frames
-    assert [frames[step][1].name for step in range(4)] == ["000_b1.png"] + 3 * ["001_b1.png"]
+    pixels = sheet(folder)
+    places = np.nonzero((pixels == color(1, 1)).all(-1).any(0))[0]
+    assert boxes(pixels, color(0, 1)) is not None and len(places) == 3 * 192  # in columns 1, 2 and 3
 
 
 def test_gif_shows_every_frame_in_order_and_rests_on_the_last(tmp_path):
@@ -181,7 +183,11 @@ ODD = {
     "mathtext": (dict(steps=2, prompt="$5, $x^{2$ \\frac\n" * 9, model="$\\a$", evaluate=["a$_b$^{"]), None),
     "wide": (dict(steps=2, prompt="W" * 200), None),
     "no glyph": (dict(steps=2, prompt="鸭 🦆 \ud800 \x07"), None),
-    "many panels": (dict(steps=3, evaluate=list("abcdefg"), objective=["black:1", "white:0.5"]), None),
+    "many panels": (dict(steps=3, evaluate=list("abcdefg"), weights={"black": 1, "a": 0.5}), None),
+    "no prompt": (dict(steps=2, prompt=None, climbs=None, model=None, gamma=None), None),
+    "prompts": (dict(steps=3, batch=3, prompt=["a duck", "W" * 300, "$x^{2$"]), None),
+    "columns": (dict(steps=3, columns={"probability_min": "least P", "black": "$x^{2$" * 30, "no": "none"}), None),
+    "fewer names": (dict(steps=3, batch=3, prompt=["a duck"]), None),
     "tall": (dict(steps=3, size=(8, 64), batch=2), None),
 }  # fmt: skip
 
@@ -205,26 +211,26 @@ def test_a_line_cut_short_and_frames_missing_in_the_middle(tmp_path):
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "rewa')
     (folder / "images" / "003.png").unlink()
-    run = read_run(folder)
-    assert list(run.metrics) == list(range(8)) and list(run.frames) == [0, 1, 2, 4, 5, 6, 7] and run.best == 5
-    assert boxes(sheet(folder), color(4)) is not None
+    (folder / "images" / "004.png").write_bytes(b"no image")
+    assert columns(folder) == [0, 1, 2, 5, 6, 7]
+    evolution_gif(folder)
 
 
 @pytest.mark.parametrize("draw", [evolution_sheet, evolution_gif])
-@pytest.mark.parametrize(("missing", "words"), [("metrics.jsonl", "no entry"), ("images", "no images")])
-def test_nothing_to_draw_is_one_clear_line_and_leaves_the_old_picture(tmp_path, draw, missing, words):
+@pytest.mark.parametrize(("missing", "words"), [("metrics.jsonl", "has no metrics.jsonl"), ("images", "has no images")])
+def test_nothing_to_draw_is_one_clear_line_and_leaves_the_old_figure(tmp_path, draw, missing, words):
     folder = make_run(tmp_path / "run", steps=2)
     for name in ("evolution.png", "evolution.gif"):
         (folder / name).write_bytes(b"old")
     (folder / missing).rename(tmp_path / "away")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=f"got {words}.*expected") as error:
+    with pytest.raises(UserError, match=f"{words}.*expected") as error:
         draw(folder)
     assert "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_a_failed_write_leaves_the_old_picture_and_no_litter(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_figure_and_no_litter(tmp_path, monkeypatch):
     folder = make_run(tmp_path / "run", steps=2)
     (folder / "evolution.png").write_bytes(b"old")
 
@@ -242,12 +248,12 @@ def test_a_failed_write_leaves_the_old_picture_and_no_litter(tmp_path, monkeypat
 def test_same_run_same_bytes_and_the_run_is_only_read(tmp_path):
     folder = make_run(tmp_path / "run", steps=5, batch=2)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    pictures = []
+    figures = []
     for _ in range(2):
         evolution_sheet(folder)
         evolution_gif(folder)
-        pictures.append([(folder / name).read_bytes() for name in ("evolution.png", "evolution.gif")])
-    assert pictures[0] == pictures[1]
+        figures.append([(folder / name).read_bytes() for name in ("evolution.png", "evolution.gif")])
+    assert figures[0] == figures[1]
     assert {path: path.read_bytes() for path in before} == before
     with Image.open(folder / "evolution.png") as image:
         assert not image.info  # no date, no version: they would change the bytes
@@ -275,3 +281,55 @@ def test_the_curve_moves_with_the_reward(tmp_path):
     below = [image.crop((0, 400, WIDTH, image.height)) for image in as_image]
     left, _, right, _ = ImageChops.difference(*below).getbbox()
     assert right < WIDTH // 3 + 20 and right - left > 50
+
+
+def without_probability(entry):
+    images = [{k: v for k, v in image.items() if "prob" not in k} for image in entry["images"]]
+    return {k: v for k, v in entry.items() if "prob" not in k} | {"images": images}
+
+
+def test_a_run_without_a_probability_has_no_panel_for_it(tmp_path):
+    """Green is P(z)'s alone; further columns of the method are drawn in grey instead."""
+    green, grey = (0x00, 0x79, 0x5A), (0x66, 0x66, 0x66)
+    folder = make_run(tmp_path / "run", steps=6, gamma=None, evaluate=())
+    below = sheet(folder)[400:]
+    assert (below == green).all(-1).any()
+    spoil(folder, without_probability)
+    below = sheet(folder)[400:]
+    assert not (below == green).all(-1).any()
+    lines = (below[60:] == grey).all(-1).sum()
+    spoil(folder, lambda entry: entry | {"mean": 0.5 * entry["step"]})
+    assert (sheet(folder)[460:] == grey).all(-1).sum() < lines + 50, "a column that nobody named is not drawn"
+    args = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps(args | {"columns": {"mean": "mean of the candidates"}}))
+    assert (sheet(folder)[460:] == grey).all(-1).sum() > lines + 500
+
+
+def test_a_curve_that_hardly_moves_looks_level(tmp_path):
+    """A reward that changes by rounding alone stays within a few pixels; one that doubles fills its panel."""
+    heights = []
+    for name, change in (("level", 1e-7), ("rising", 0.5)):
+        rewards = [0.5 + change * step for step in range(3)]
+        pixels = sheet(make_run(tmp_path / name, steps=3, rewards=rewards, evaluate=()))[500:, :760]
+        heights.append(np.ptp(np.nonzero((pixels == (0, 0x72, 0xB2)).all(-1))[0]))
+    assert heights[0] < 20 and heights[1] > 200
+
+
+def test_each_row_has_its_own_prompt(tmp_path):
+    """One prompt for all images leaves no line for it over each row; two do, and move the second row down."""
+    one = sheet(make_run(tmp_path / "one", steps=2, batch=2, prompt="a duck"))
+    two = sheet(make_run(tmp_path / "two", steps=2, batch=2, prompt=["a duck", "a ball"]))
+    tops = [[boxes(pixels, color(0, b))[1] for b in range(2)] for pixels in (one, two)]
+    assert tops[1][0] - tops[0][0] == 26 and tops[1][1] - tops[0][1] == 52
+
+
+def test_a_figure_that_fails_is_a_warning_and_the_other_is_drawn(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run", steps=2)
+
+    def fail(folder):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("dno.report.figures.evolution_sheet", fail)
+    with pytest.warns(UserWarning, match="evolution.png could not be drawn: RuntimeError: no font"):
+        draw_run(folder)
+    assert (folder / "evolution.gif").is_file() and not (folder / "evolution.png").exists()

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dno.errors import UserError
 from dno.report import page as report
-from dno.report.charts import Curve, chart, say
+from dno.report.charts import Curve, chart
 from dno.report.page import main, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -111,7 +111,7 @@ def test_the_numbers_are_those_of_the_run(tmp_path):
     folder = make_run(tmp_path / "run")
     path = write_report([folder])
     assert path == folder / "report.html"
-    picture = Page(path).data["runs"][0]["pictures"][0]
+    picture = Page(path).data["runs"][0]["images"][0]
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for name in ("reward", "judge", "probability", "grad_norm"):
         assert picture["values"][name] == pytest.approx([entry["images"][0][name] for entry in log], rel=1e-6)
@@ -120,22 +120,14 @@ def test_the_numbers_are_those_of_the_run(tmp_path):
     assert [table["reward"][0], table["reward"][2]] == ["0.0000", "8.0000"]
     assert [table["judge"][0], table["judge"][2]] == ["0.9000", "0.5000"]
     assert [table["P(z)"][0], table["P(z)"][2]] == ["1.0000", "1.0×10⁻⁸"]
-    subtitle = "sprites · optimized for black · γ 10 · lr 0.01 · seed 1 · 10 iterations · 0.25 s an iteration · 1.09 GB"
-    assert any(words.startswith(subtitle) for words in Page(path).texts)
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [(None, "–"), (0.0, "0.0000"), (-0.12429, "−0.1243"), (12.3456, "12.346"), (-34512.3, "−34512"),
-     (7.1e-10, "7.1×10⁻¹⁰"), (-2e6, "−2.0×10⁶"), (0.001, "0.0010")],
-)  # fmt: skip
-def test_how_a_number_is_written(value, words):
-    assert say(value) == words
+    assert table["gradient norm"][0] == "1.5000"
+    subtitle = "sprites · Direct Noise Optimization · reward black · γ 10 · lr 0.01 · seed 1 · 10 iterations"
+    assert f"{subtitle} · 0.25 s per iteration · at most 1.09 GB" in Page(path).texts
 
 
 def test_frames_are_the_saved_images_without_loss(tmp_path):
     page = Page(write_report([make_run(tmp_path / "run")]))
-    frames = page.data["runs"][0]["pictures"][0]["frames"]
+    frames = page.data["runs"][0]["images"][0]["frames"]
     assert [frame[0] for frame in frames] == list(range(10))
     assert [page.pixel(frame) for frame in frames] == [((16, 16), "PNG", color(step)) for step in range(10)]
 
@@ -148,7 +140,7 @@ def test_images_that_were_not_saved(tmp_path):
     save(folder / "best.png", (4, 5, 6), step=7)  # a limit on P(z) ruled out 8
     (folder / "images" / "004.png").write_bytes(b"no image")
     page = Page(write_report([folder]))
-    picture = page.data["runs"][0]["pictures"][0]
+    picture = page.data["runs"][0]["images"][0]
     assert picture["best"] == 7 and [frame[0] for frame in picture["frames"]] == [0, 7, 8]
     assert [page.pixel(frame)[2] for frame in picture["frames"]] == [(1, 2, 3), (4, 5, 6), color(8)]
     shutil.rmtree(folder / "images")
@@ -160,7 +152,7 @@ def test_images_that_were_not_saved(tmp_path):
 def test_batch(tmp_path):
     path = write_report([make_run(tmp_path / "run", steps=4, batch=3)])
     page = Page(path)
-    pictures = page.data["runs"][0]["pictures"]
+    pictures = page.data["runs"][0]["images"]
     assert [p["values"]["reward"] for p in pictures] == [[100 * b + i for i in (0, 1, 2, -1)] for b in range(3)]
     assert page.pixel(pictures[2]["frames"][1])[2] == color(1, 2)
     assert [button["data-image"] for button in page.all("button") if "data-image" in button] == ["0", "1", "2"]
@@ -209,6 +201,99 @@ def test_flags_that_were_changed_come_first(tmp_path):
     assert '<td>0.01</td><td>0.5</td><td class="default">0.01</td>' in shown and "torch 2.9.1" in folded
 
 
+def make_best_of_n(folder, steps=4, prompt=("a red ball", "a duck"), **resolved):
+    """A run of another method: two images, no P(z) and no gradient, a column of its own, a gallery per image."""
+    images = [{"prompt": list(prompt), "num_candidates": 32, "seed": 1, "model": "sprites", "batch_size": 1}]
+    (folder / "images").mkdir(parents=True)
+    facts = {"title": "Best-of-N", "iterations": steps, "columns": {"mean": "mean of the batch"}, "climbs": "black",
+             "weights": {"black": 1.0}, "watched": [], "batch_size": 2}  # fmt: skip
+    args = {"method": "best_of_n", "settings": images[0], "resolved": images[0] | facts | resolved}
+    (folder / "args.json").write_text(json.dumps(args))
+    lines = []
+    for step in range(steps):
+        images = [{"reward": step + b, "black": step + b, "mean": step + b - 0.5} for b in range(2)]
+        for b in range(2):
+            save(folder / "images" / f"{step:03d}{f'_b{b}' if b else ''}.png", color(step, b))
+        rewards = [image["reward"] for image in images]
+        lines.append({"step": step, "reward": sum(rewards) / 2, "rewards": rewards, "images": images})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for b in range(2):
+        save(folder / f"gallery{'_b1' if b else ''}.png", (b, 7, 7), (300, 200))
+    return folder
+
+
+def test_a_run_of_another_method(tmp_path):
+    """What the run did not record is nowhere on the page; its own column has a chart and a row."""
+    path = write_report([make_best_of_n(tmp_path / "run")])
+    page, table = Page(path), rows(path)
+    assert table[0] == ["run", "image", "first reward", "best reward", "at iteration", "iterations", "s / iteration",
+                        "peak GB"]  # fmt: skip
+    assert table[1] == ["run", "0a red ball", "0.0000", "3.0000", "3", "4", "–", "–"]
+    assert table[2] == ["1a duck", "1.0000", "4.0000", "3"]
+    assert "sprites · Best-of-N · reward black · seed 1 · 4 iterations" in page.texts
+    assert [figure["data-metric"] for figure in page.all("figure", "chart")] == ["reward", "mean"]
+    assert [row[0] for row in table if row[0] in ("reward", "mean of the batch", "P(z)", "gradient norm")] == [
+        "reward", "mean of the batch"
+    ]  # fmt: skip
+    assert not {"P(z)", "γ", "noise"} & set(re.findall(r"[\w()]+", " ".join(page.texts)))
+
+
+def test_each_image_has_its_own_prompt_and_gallery(tmp_path):
+    page = Page(write_report([make_best_of_n(tmp_path / "run")]))
+    images = page.data["runs"][0]["images"]
+    assert [image["prompt"] for image in images] == ["a red ball", "a duck"]
+    assert [page.pixel([0, image["gallery"]]) for image in images] == [((300, 200), "PNG", (b, 7, 7)) for b in range(2)]
+    assert "“a red ball” and 1 more" in page.texts and page.all("p", "prompt")
+    assert [button["title"] for button in page.all("button") if "data-image" in button] == ["a red ball", "a duck"]
+    page = Page(write_report([make_run(tmp_path / "other")]))
+    assert not page.all("figure", "gallery") and "Gallery" not in page.texts
+
+
+def test_a_gallery_is_made_smaller_and_left_out_if_it_does_not_fit(tmp_path, monkeypatch):
+    folder = make_best_of_n(tmp_path / "run")
+    noise = np.random.default_rng(0).integers(0, 255, (2, 1500, 2000, 3), dtype=np.uint8)
+    for b, name in enumerate(("gallery.png", "gallery_b1.png")):
+        Image.fromarray(noise[b]).save(folder / name, compress_level=0)
+    galleries = []
+    for limit in (30e6, 4e6, 2e6):  # of which they may have a quarter
+        monkeypatch.setattr(report, "RUN_BYTES", limit)
+        page = Page(write_report([folder]))
+        found = [image["gallery"] for image in page.data["runs"][0]["images"]]
+        galleries.append([None if place is None else page.pixel([0, place])[:2] for place in found])
+    small = ((640, 480), "JPEG")
+    assert galleries == [[((1280, 960), "JPEG")] * 2, [small, small], [small, None]]
+
+
+def test_runs_of_different_methods_side_by_side(tmp_path):
+    """Each is called by its method; what one of them lacks is a dash; its settings alone tell no runs apart."""
+    folders = [make_run(tmp_path / "dno", steps=6, watched=[]), make_best_of_n(tmp_path / "n", prompt=["a red ball"])]
+    path = write_report(folders)
+    page, table = Page(path), rows(path)
+    assert table[0][:6] == ["run", "image", "first reward", "best reward", "at iteration", "P(z) at best"]
+    assert [row[0] for row in table[1:3]] == ["Direct Noise Optimizationdno", "Best-of-Nn"]
+    assert [row[5] for row in table[1:3]] == ["1.0×10⁻⁴", "–"]
+    charts = {figure["data-metric"]: figure for figure in page.all("figure", "chart")}
+    assert list(charts) == ["reward", "probability", "mean", "grad_norm"]
+    assert {(figure["data-left"], figure["data-right"]) for figure in charts.values()} == {("0", "5")}
+    shown = path.read_text("utf-8").split("<details>")[0]
+    assert re.findall(r'<tr class="differs"><th scope="row">(\w+)</th>', shown) == ["method"]
+    assert [run["images"][0]["values"].keys() for run in page.data["runs"]] == [
+        {"reward", "probability", "grad_norm", "probability_min"}, {"reward", "mean", "probability_min"}
+    ]  # fmt: skip
+
+
+def test_runs_without_a_common_folder_are_written_up_here(tmp_path, monkeypatch, capsys):
+    folders = [make_run(tmp_path / name, steps=2) for name in "ab"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    # As on another drive: what the two have in common is the root of the disk.
+    monkeypatch.setattr("os.path.commonpath", lambda paths: tmp_path.anchor)
+    main([str(folder) for folder in folders])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "here" / "report.html")
+    table = rows(tmp_path / "here" / "report.html")
+    assert [row[0] for row in table[1:3]] == [str(folder) for folder in folders]
+
+
 HOSTILE = "</script><script>alert(1)</script> \"q\" 'p' <!-- & 白い鴨 🦆 {{data}} \ud800 \x07"
 
 
@@ -223,7 +308,7 @@ def test_nothing_that_a_run_says_becomes_markup(tmp_path):
         page = Page(write_report(folders))
         assert not {"u", "s"} & {tag for tag, _ in page.elements}
         assert len(page.all("script")) == 2 and "alert" not in page.scripts[1]
-        assert page.data["runs"][0]["prompt"].startswith(HOSTILE.split(" \ud800")[0])
+        assert page.data["runs"][0]["images"][0]["prompt"].startswith(HOSTILE.split(" \ud800")[0])
         assert any("</script><script>alert(1)</script>" in words for words in page.texts)
         assert "白い鴨 🦆 {{data}}" in page.all("img")[0]["alt"]
 
@@ -239,7 +324,7 @@ def test_an_unfinished_run_with_values_that_are_no_numbers(tmp_path):
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "rewa')
     page = Page(write_report([folder]))
-    values = page.data["runs"][0]["pictures"][0]["values"]
+    values = page.data["runs"][0]["images"][0]["values"]
     assert values["reward"] == [0, None, 2, None, 4, -1] and values["probability"][1] is None
     assert any("6 of 40 iterations" in words for words in page.texts)
     assert "NaN" not in page.scripts[0]
@@ -247,12 +332,12 @@ def test_an_unfinished_run_with_values_that_are_no_numbers(tmp_path):
     lines = ['{"step": 0, "reward": null, "images": null}', "7", '{"step": 1, "images": [3]}', '{"step": null}']
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     page = Page(write_report([folder]))
-    assert page.data["runs"][0]["pictures"][0]["best"] is None and not page.all("figure", "chart")
+    assert page.data["runs"][0]["images"][0]["best"] is None and not page.all("figure", "chart")
 
 
 def test_curves_are_where_the_values_are():
     curve = Curve(0, 0, "run", [0, 1, 2, 3, 4], [1.0, 3.0, None, 2.0, None], best=1)
-    figure = chart("reward", "Reward", "", [curve])
+    figure = chart("reward", "Reward", "", [curve], curve.steps)
     low, high = (float(re.search(rf'data-{name}="([^"]+)"', figure)[1]) for name in ("low", "high"))
     assert low < 1 and high > 3
     path = re.search(r'class="curve chosen"[^>]* d="([^"]+)"', figure)[1]
@@ -261,7 +346,7 @@ def test_curves_are_where_the_values_are():
     assert [float(x) for _, x, _ in moves[:2]] == [0, 25]
     assert [high - float(y) / 100 * (high - low) for _, _, y in moves] == pytest.approx([1, 3, 2], abs=2e-3)
     assert 'class="ring"' in figure and "left:25.00%" in figure
-    logs = chart("probability", "P(z)", "", [Curve(0, 0, "run", [0, 1, 2], [1.0, 1e-3, 0.0])], log=True)
+    logs = chart("p", "P(z)", "", [Curve(0, 0, "run", [0, 1, 2], [1.0, 1e-3, 0.0])], [0, 1, 2], log=True)
     ys = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", re.search(r'curve chosen"[^>]* d="([^"]+)"', logs)[1])]
     assert ys[1] - ys[0] == pytest.approx((ys[2] - ys[0]) / 4, abs=0.02) and ys[2] == 100  # cut at 1e-12
     assert "≤10⁻¹²" in logs
@@ -279,7 +364,7 @@ def test_large_images_are_made_smaller(tmp_path, monkeypatch):
     for limit, kept in ((400_000, 12), (100_000, 4)):  # smaller frames first, then fewer of them
         monkeypatch.setattr(report, "RUN_BYTES", limit)
         page = Page(write_report([folder]))
-        frames = page.data["runs"][0]["pictures"][0]["frames"]
+        frames = page.data["runs"][0]["images"][0]["frames"]
         assert page.pixel(frames[0])[0] == (256, 128) and {0, 10, 11} <= {step for step, _ in frames}
         assert sum(len(page.data["pool"][place]) for _, place in frames) < limit and len(frames) == kept
 
@@ -346,7 +431,7 @@ def test_the_slider_works_in_a_browser(tmp_path):
     assert re.search(r'aria-valuetext="iteration 7"', dom) and "1.0×10⁻⁷" in cards[0]
     data = Page(path).data
     now = re.search(r'<figure class="now"><img [^>]*src="([^"]+)"', cards[0])[1]
-    assert now == data["pool"][dict(data["runs"][0]["pictures"][1]["frames"])[7]]
+    assert now == data["pool"][dict(data["runs"][0]["images"][1]["frames"])[7]]
     plot = dom.split('data-metric="reward"')[1 + len(cards)]
     assert re.search(r'class="cursor" style="left: 77\.77\d*%', plot)
     dots = re.findall(r'class="dot"[^>]*left: ([\d.]+)%', plot.split("</figure>")[0])
@@ -377,3 +462,13 @@ def test_keys_curves_and_buttons_work_in_a_browser(tmp_path):
     dom, console = browse(path, "#step=4", tmp_path / "profile", budget=3000)
     assert console == []
     assert re.search("<title>(.*?)</title>", dom)[1] == "8,7,0,0,1,6,1,11111,Pause,8,Play"
+
+
+@needs_chromium
+def test_prompt_and_gallery_follow_the_chosen_image(tmp_path):
+    path = write_report([make_best_of_n(tmp_path / "run")])
+    dom, console = browse(path, "#image=1", tmp_path / "profile")
+    assert console == [] and '<p class="prompt">“a duck”</p>' in dom and 'alt="a duck, before"' in dom
+    data = Page(path).data
+    shown = re.search(r'<figure class="gallery".*?<img [^>]*src="([^"]+)"', dom)[1]
+    assert shown == data["pool"][data["runs"][0]["images"][1]["gallery"]]
