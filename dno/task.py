@@ -293,11 +293,10 @@ def _each(value, count):
 
 def _warn_of_unknown_words(settings):
     known = model_spec(settings.model).words
-    texts = (*_each(settings.prompt, 1), *_each(settings.negative_prompt or "", 1))
-    for prompt in dict.fromkeys(texts):
-        unknown = [word for word in re.findall(r"[^\W_]+", prompt.lower()) if known and word not in known]
-        if unknown:
-            warnings.warn(
-                f"{settings.model} was not trained on {', '.join(map(repr, unknown))}; it knows {', '.join(known)}",
-                stacklevel=2,
-            )
+    text = " ".join((*_each(settings.prompt, 1), *_each(settings.negative_prompt or "", 1))).lower()
+    unknown = [word for word in dict.fromkeys(re.findall(r"[^\W_]+", text)) if known and word not in known]
+    if unknown:
+        warnings.warn(
+            f"{settings.model} was not trained on {', '.join(map(repr, unknown))}; it knows {', '.join(known)}",
+            stacklevel=2,
+        )

@@ -84,7 +84,7 @@ class Run:
             metrics = [_numbers(json.loads(line)) for line in lines]
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {error}; it belongs to the run's checkpoint") from error
-        if [line["step"] for line in metrics] != list(range(steps)):
+        if [isinstance(line, dict) and line.get("step") for line in metrics] != list(range(steps)):
             raise UserError(f"{path} has not the {steps} iterations that the checkpoint follows")
         with _disk(path):
             write_whole(path, b"".join(lines), fsync=True)

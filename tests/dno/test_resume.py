@@ -53,20 +53,14 @@ def reward(monkeypatch):
     return use
 
 
-def checkpoints_of(folder):
-    """The checkpoints on disk: step -> path."""
-    return {int(path.name[:6]): path for path in (folder / "checkpoints").iterdir() if path.name[0] != "."}
+def checkpoint_of(folder, step):
+    """The file of a run's checkpoint; a tensor is at its end."""
+    return folder / "checkpoints" / f"{step:06d}.safetensors"
 
 
-def remove_checkpoint(folder, step):
-    path = checkpoints_of(folder)[step]
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def tensors_file(folder, step):
-    """The file that has a checkpoint's tensors, at its end."""
-    path = checkpoints_of(folder)[step]
-    return path / "tensors.safetensors" if path.is_dir() else path
+def steps_of(folder):
+    """The steps whose checkpoints are on disk."""
+    return sorted(int(path.stem) for path in (folder / "checkpoints").iterdir())
 
 
 def mean(images):
@@ -134,7 +128,7 @@ def test_lines_past_the_checkpoint_are_cut(quick, tmp_path):
     """As after a kill, which leaves metrics and pictures that are newer than the checkpoint."""
     whole = quick("whole", checkpointing_steps=2)
     part = quick("part", checkpointing_steps=2)
-    remove_checkpoint(part.folder, 7)
+    checkpoint_of(part.folder, 7).unlink()
     with open(part.folder / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 7, "rew')
     seen = []
@@ -146,7 +140,7 @@ def test_lines_past_the_checkpoint_are_cut(quick, tmp_path):
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(quick):
     whole = quick("whole", checkpointing_steps=2)
     part = quick("part", checkpointing_steps=2)
-    path = tensors_file(part.folder, 7)
+    path = checkpoint_of(part.folder, 7)
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
@@ -155,9 +149,9 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(quick):
 
 
 def test_the_newest_are_kept(quick):
-    assert sorted(checkpoints_of(quick("run", checkpointing_steps=2).folder)) == [6, 7]
+    assert steps_of(quick("run", checkpointing_steps=2).folder) == [6, 7]
     run = quick("more", checkpointing_steps=1, checkpoints_total_limit=4)
-    assert sorted(checkpoints_of(run.folder)) == [4, 5, 6, 7]
+    assert steps_of(run.folder) == [4, 5, 6, 7]
 
 
 def test_a_finished_run_resumed_does_nothing_and_gives_its_result(quick):
@@ -234,7 +228,7 @@ def test_a_full_disk_at_the_last_checkpoint_keeps_the_one_before(quick, tmp_path
         with pytest.raises(UserError, match="cannot write .*No space left"):
             quick("run", checkpointing_steps=2)
     assert len(seen) == 1, "once more when the run ended"
-    assert sorted(checkpoints_of(tmp_path / "run")) == [2] and len(lines_of(tmp_path / "run")) == 4
+    assert steps_of(tmp_path / "run") == [2] and len(lines_of(tmp_path / "run")) == 4
     check_equal(whole, align(resume=tmp_path / "run"))
 
 
@@ -242,7 +236,7 @@ def test_a_full_disk_at_the_last_checkpoint_keeps_the_one_before(quick, tmp_path
 def test_the_state_on_disk_is_at_most_four_noises(quick, settings, noises):
     """The noise, its best, and two moments of AdamW of what is free, and little besides; with eta 0 of x_T alone."""
     run = quick("run", num_steps=7, opt_steps=2, height=64, width=64, **settings)
-    size, one = tensors_file(run.folder, 2).stat().st_size, 8 * 4 * 32 * 32 * 4
+    size, one = checkpoint_of(run.folder, 2).stat().st_size, 8 * 4 * 32 * 32 * 4
     image = 3 * 64 * 64 * 4
     assert noises * one <= size - image < noises * one + 12_000
 
@@ -296,8 +290,8 @@ def test_a_stop_in_a_reward(quick, tmp_path, reward):
 
 def test_what_lies_past_the_checkpoint_is_gone(quick, tmp_path):
     shorter, run = quick("shorter", opt_steps=4), quick("run", checkpointing_steps=3, checkpoints_total_limit=9)
-    remove_checkpoint(run.folder, 7)
-    remove_checkpoint(run.folder, 6)
+    checkpoint_of(run.folder, 7).unlink()
+    checkpoint_of(run.folder, 6).unlink()
     check_equal(shorter, align(resume=run.folder, opt_steps=4))
     kept = [(folder / "best_noise.safetensors") for folder in (shorter.folder, run.folder)]
     assert torch.equal(*(load_noise(path) for path in kept))
