@@ -1,7 +1,7 @@
-"""Measurements: a file each in the work folder, which is there when it has been made and not before.
+"""Measurements: one file each in the work folder, which is there once it is made and not before.
 
-Those of one row are a sweep over the prompts, in a folder of its own in `runs/` of the work folder; the curves of a run
-that is finished become the measurement's file.
+Those of one row are a sweep over the prompts, in a folder below `runs/` of the work folder; the curves of a finished
+run become the measurement's file.
 """
 
 import hashlib
