@@ -94,6 +94,7 @@ def measure_all(rows, size, folder, processes=1, report=print):
 def measure_row(jobs):
     """Measure one row on the prompts of these jobs, and write their files. Returns the row's name."""
     torch.set_num_threads(1)
+    began = time.time()
     row, size, folder = jobs[0].measurement, jobs[0].size, jobs[0].folder
     loaded, quiet = Loaded(_model(size.model)), {"save_every": 10**9, "draw": False}
     runs = [
@@ -101,10 +102,12 @@ def measure_row(jobs):
         for job in jobs
     ]
     sweep = folder / "runs" / slug(row.name)
-    for job, result in zip(jobs, run_all(sweep, runs, row.key(size))):
+    results = run_all(sweep, runs, row.key(size))
+    took = (time.time() - began) / len(jobs)
+    for job, result in zip(jobs, results):
         if "failed" not in result:
             lines = (sweep / result["folder"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            job.write({"images": _curves([json.loads(line) for line in lines])}, result["seconds"])
+            job.write({"images": _curves([json.loads(line) for line in lines])}, took)
     return row.name
 
 
