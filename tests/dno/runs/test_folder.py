@@ -135,7 +135,8 @@ def test_a_noise_file_that_is_damaged_a_pickle_or_absent(run, tmp_path):
     torch.save(torch.zeros(2), tmp_path / "noise.pt")
     (tmp_path / "empty").write_bytes(b"")
     for path in (cut, tmp_path / "noise.pt", tmp_path / "empty", tmp_path / "absent", tmp_path, run.folder):
-        with refused(f"--noise {path / 'best_noise.safetensors' if path.is_dir() else path} could not be read", "expected a best_noise.safetensors"):
+        file = path / "best_noise.safetensors" if path.is_dir() else path
+        with refused(f"--noise {file} could not be read", "expected a best_noise.safetensors"):
             load_noise(path)
 
 
