@@ -137,9 +137,9 @@ class BestOfN(Method):
                     state.rank(b, ks, scores[r], images[r])
                 if s.search == "neighbours":
                     state.move(rows, ks, noise)
+                state.failed = ks.stop >= min(MAX_BAD_CANDIDATES, s.num_candidates) and not any(state.shown)
             yield found
-            if ks.stop >= min(MAX_BAD_CANDIDATES, s.num_candidates) and not any(state.shown):
-                state.failed = True
+            if state.failed:
                 raise UserError(
                     f"none of {ks.stop} candidates had a finite reward; check the objective, or use --precision fp32"
                 )

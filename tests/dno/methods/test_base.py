@@ -14,11 +14,12 @@ import torch
 
 from dno import UserError, align
 from dno.__main__ import main, overview
-from dno.alignment import make_settings
+from dno.alignment import run
 from dno.methods import METHODS, method_class
 from dno.methods.base import Iteration, Method, State
 from dno.noise import keyed_generator
 from dno.regularization import probability
+from dno.resume import make_settings, prepare
 from dno.runs.checkpoints import load_newest
 from dno.settings import Group, setting
 from dno.task import Loaded, Task
@@ -102,10 +103,13 @@ def walker(monkeypatch):
 
 @pytest.fixture
 def walk(tiny_model, tmp_path):
-    def walk(folder=None, **settings):
+    """walk(folder=None, callback=None, screen=None, **settings): a run on the tiny model, into a folder of tmp_path."""
+
+    def walk(folder=None, callback=None, screen=None, **settings):
+        settings = {"objective": "contrast", "draw": False, "batch_size": 2, "output": None, **settings}
+        start = prepare({"model": tiny_model.name, **settings}, "walk")
         folder = None if folder is None else tmp_path / folder
-        settings = {"objective": "contrast", "draw": False, "batch_size": 2, **settings}
-        return align(tiny_model, method="walk", folder=folder, **settings)
+        return run(start, callback=callback, folder=folder, screen=screen, loaded=Loaded(tiny_model))
 
     return walk
 
@@ -130,16 +134,16 @@ def check_equal(a, b):
 
 
 def test_files_and_facts(walk):
-    run = walk("run", draw=True, evaluate="white")
-    names = {str(path.relative_to(run.folder)) for path in run.folder.rglob("*") if path.is_file()}
+    found = walk("run", draw=True, evaluate="white")
+    names = {str(path.relative_to(found.folder)) for path in found.folder.rglob("*") if path.is_file()}
     assert {"args.json", "metrics.jsonl", "result.json", "initial.png", "best.png", "best_b1.png", "images/005_b1.png",
             "best_noise.safetensors", "evolution.png", "evolution.gif"} <= names  # fmt: skip
-    args = json.loads((run.folder / "args.json").read_text())
+    args = json.loads((found.folder / "args.json").read_text())
     assert args["method"] == "walk" and args["settings"]["num_strides"] == 6
     for name, value in {"title": "Random walk", "result": "noise", "columns": {"distance": "distance walked"},
                         "iterations": 6, "num_steps": STEPS, "stride": 0.3}.items():  # fmt: skip
         assert args["resolved"][name] == value, name
-    assert [line["distance"] for line in lines_of(run.folder)] == list(range(6))
+    assert [line["distance"] for line in lines_of(found.folder)] == list(range(6))
 
 
 @pytest.mark.parametrize("stop_at", [0, 2, 5])
@@ -173,9 +177,9 @@ def test_flags_and_their_checks(capsys, tiny_folder, tmp_path):
 def test_a_page_with_its_column(walk):
     from dno.report.page import main as report
 
-    run = walk("run")
-    report([str(run.folder)])
-    page = (run.folder / "report.html").read_text()
+    found = walk("run")
+    report([str(found.folder)])
+    page = (found.folder / "report.html").read_text()
     assert "Random walk" in page and "Distance walked" in page
 
 
@@ -322,15 +326,22 @@ def calling(during):
     return factory
 
 
-WHEN = {"reward": 3, "change": 4, "record": 4, "callback": 4}  # iterations that are done when the run has ended
+WHEN = {
+    "reward": 3,
+    "change": 4,
+    "write": 4,
+    "show": 4,
+    "callback": 4,
+}  # iterations that are done when the run has ended
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("when", WHEN)
 def test_a_signal_loses_nothing(walk, tiny_model, tmp_path, monkeypatch, terminated, when, number):
     import rewards
+    from dno.runs.folder import Run
 
-    armed = []
+    armed, save_image = [], Run.save_image
 
     def at(place, step):
         if armed and place == when and step == 3:
@@ -340,9 +351,15 @@ def test_a_signal_loses_nothing(walk, tiny_model, tmp_path, monkeypatch, termina
     monkeypatch.setattr(Walker, "between", staticmethod(lambda step: at("change", step)))
     monkeypatch.setitem(rewards.RFUNCTIONS, "calling", calling(lambda step: at("reward", step)))
 
+    def write(run, name, image, index, **text):
+        at("write", text["step"])
+        save_image(run, name, image, index, **text)
+
+    monkeypatch.setattr(Run, "save_image", write)
+
     def settings():
         return {
-            "objective": "calling", "screen": Screen(lambda step: at("record", step)), "checkpointing_steps": 99,
+            "objective": "calling", "screen": Screen(lambda step: at("show", step)), "checkpointing_steps": 99,
             "callback": lambda metrics: at("callback", metrics["step"]),
         }  # fmt: skip
 
@@ -389,8 +406,8 @@ def test_the_first_of_several_signals_counts(walk, terminated):
 def test_a_signal_that_is_ignored_stays_ignored(walk):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        run = walk("run", screen=Screen(lambda step: signal.raise_signal(signal.SIGINT)))
-        assert len(run.metrics) == 6 and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        found = walk("run", screen=Screen(lambda step: signal.raise_signal(signal.SIGINT)))
+        assert len(found.metrics) == 6 and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
 
