@@ -165,9 +165,11 @@ def test_no_tensors_and_a_step_of_seven_digits(tmp_path):
 def test_only_the_newest_are_kept_and_only_our_files_removed(tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    strangers = ["000000-mine.safetensors", "notes.txt", "12345.safetensors", "0000001.safetensors", "000003.txt",
-                 ".000001.safetensors.part.txt", "x.000001.safetensors.1-abcdef01.part", ".000001.safetensors.1.part", "٠٠٠٠٠١.safetensors", "000004",
-                 ".notes.safetensors.1-abcdef01.part"]  # fmt: skip
+    strangers = [
+        "000000-mine.safetensors", "notes.txt", "12345.safetensors", "0000001.safetensors", "000003.txt", "000004",
+        "٠٠٠٠٠١.safetensors", ".000001.safetensors.part", ".000001.safetensors.1.part", ".notes.1-abcdef01.part",
+        ".000001.safetensors.1-abcdef01.part.txt", "x.000001.safetensors.1-abcdef01.part",
+    ]  # fmt: skip
     for name in strangers:
         (folder / name).write_text("mine")
     for name in ("000001.safetensors", "000030.safetensors", ".000005.safetensors.1-abcdef01.part", "000006"):
