@@ -9,8 +9,9 @@
 (b) darkness with gamma 0, 0.1, 1, 10                         (e) the full gradient against skip_unet
 (c) eta, and which noises                                     (f) the spectral step against AdamW
 
-Each measurement (one run on one prompt) is a file in the work folder, named by a digest of all its settings; started
-again, the command makes those that are missing. A change of a size (--num_steps and so on) measures anew.
+Each measurement (one run on one prompt) is a file in the work folder, named by a digest of all its settings; repeated,
+the command makes those that are missing, and resumes the runs that were stopped. Another size (--num_steps and so on)
+is measured again.
 """
 
 import sys

@@ -4,12 +4,12 @@
     python benchmarks/memory.py --models sprites --checkpointing step block --num_steps 10 100
     python benchmarks/memory.py --random_weights --size 512 --device cuda
 
-Each figure is a process of its own: load, encode the prompt, note the memory in use, run two iterations of `dno.align`
-(two, so that the optimizer's state is there), note the peak; the difference is printed, in MB (10^6 bytes). On a GPU it
+Each figure is a separate process: load, encode the prompt, note the memory in use, run two iterations of `dno.align`
+(two, so that the optimizer's state exists), note the peak; the difference is printed, in MB (10^6 bytes). On a GPU it
 counts tensors. On a CPU it counts the process's pages, which an allocator holds on to, so a few MB either way say
-nothing; where the system cannot reset its record of the peak, what loading took hides smaller peaks.
+nothing; if the system cannot reset its record of the peak, what loading took hides smaller peaks.
 
-"State" is what must grow with the steps, 4 bytes a value: the noise, its gradient, AdamW's two moments and the latents
+"State" is what must grow with the steps, 4 bytes per value: noise, its gradient, AdamW's two moments and the latents
 that the sampler visits. The loop holds further copies of it, such as the batch and the best noise so far.
 """
 

@@ -4,9 +4,9 @@
     python benchmarks/reward_cost.py --reward hps pick --reward_precision bf16 --reward_checkpointing
     python benchmarks/reward_cost.py --reward hps --hps_path HPS_v2_compressed.pt      # the real weights
 
-Where no path is given, random weights of the published architecture are written to a temporary folder in the
+If no path is given, random weights of the published architecture are written to a temporary folder in the
 published layout (up to 4 GB, removed at the end) and loaded through the public path: they cost what the real
-ones do. Each reward runs in its own process. The columns:
+ones do. Each reward runs in a separate process. The columns:
 
     load       seconds to build the reward from files that are in the disk cache
     weights    the tensors that the reward holds after the first prompt, its text tower freed
@@ -90,7 +90,7 @@ def parse():
 
 
 def measure(name, args, folder):
-    """The rows of one reward; runs in a process of its own."""
+    """The rows of one reward; runs in a separate process."""
     torch.set_num_threads(args.threads)
     for key in MODELS.get(name, (name,)):
         model = rewards.MODELS[key]

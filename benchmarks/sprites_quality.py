@@ -36,7 +36,7 @@ CAPTIONS = [caption(*pair) for pair in PAIRS]
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=SPRITES)
-    parser.add_argument("--seeds", type=int, default=8, help="samples of each of the 64 prompts")
+    parser.add_argument("--seeds", type=int, default=8, help="samples per prompt, of 64")
     parser.add_argument("--num_steps", type=int, default=25)
     parser.add_argument("--eta", type=float, default=1.0)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
@@ -81,7 +81,7 @@ def main():
          f"{spread / spread_drawn:.2f} ({spread:.3f} / {spread_drawn:.3f})"),
         ("mean brightness, samples / scenes", "", f"{mean:.3f} / {mean_drawn:.3f}"),
         (f"guided UNet call / decode, {threads} threads", "", f"{call:.0f} ms / {decode:.0f} ms"),
-        ("seconds a sample", "", f"{sampling / len(samples):.2f} s"),
+        ("seconds per sample", "", f"{sampling / len(samples):.2f} s"),
     ]  # fmt: skip
     if isinstance(pipeline, StableDiffusionXLPipeline):
         rows += micro_conditioning(pipeline, args, judge, samples, drawn)
@@ -99,7 +99,7 @@ def main():
 
 @torch.no_grad()
 def sample(pipeline, args, seeds, **options):
-    """All prompts for each seed, a generator for each sample: (64 * seeds, 3, 64, 64) in [-1, 1]."""
+    """All prompts for each seed, one generator per sample: (64 * seeds, 3, 64, 64) in [-1, 1]."""
     images = []
     for seed in range(seeds):
         generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(CAPTIONS))]
@@ -226,7 +226,7 @@ def timings(pipeline, repeats=15):
 
 
 def contact_sheet(images):
-    """Images (R * 64, 3, H, W) in [-1, 1] as a sheet: a row for each colour, R times eight things across."""
+    """Images (R * 64, 3, H, W) in [-1, 1] as a sheet: one row per colour, R times eight things across."""
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     cells = pixels.reshape(-1, len(COLOURS), len(THINGS), SIZE, SIZE, 3).transpose(1, 3, 0, 2, 4, 5)
     return Image.fromarray(cells.reshape(len(COLOURS) * SIZE, -1, 3))

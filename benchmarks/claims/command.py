@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common import ROOT
 
-from claims.measure import Job, measure_all
+from claims.measure import measure_all
 from claims.page import counted, write_page
 from claims.plan import FAST, LR, Size, plan
 from claims.results import Results
@@ -65,12 +65,9 @@ def main(description, arguments=None):
     pictures = args.pictures or (args.work if aside else ROOT / "assets")
     measured = 0
     if not args.page_only:
-        rows = {letter: rows for letter, rows in plan(size).items() if letter in args.claims}
-        jobs = [Job(row, size, prompt, args.work) for part in rows.values() for row in part for prompt in size.prompts]
-        # The clock last, and alone: two workers share memory and caches.
-        timed = [Job(row, size, None, args.work) for part in rows.values() for row in part]
-        report = lambda line: print(line, flush=True)  # noqa: E731
-        measured = measure_all(jobs, args.processes, report) + measure_all(timed, 1, report)
+        # A row that several claims share is measured once.
+        rows = {row.name: row for letter, rows in plan(size).items() if letter in args.claims for row in rows}
+        measured = measure_all(rows.values(), size, args.work, args.processes, lambda line: print(line, flush=True))
     flags = " ".join(word for word in arguments if word != "--page_only")
     results = Results(size, args.work)
     sections = write_page(results, output, pictures, f"python benchmarks/claims.py {flags}".strip(), os.cpu_count())

@@ -1,4 +1,4 @@
-"""A picture for each claim: means over prompts and seeds, with the 95 % interval over the prompts as a band."""
+"""A picture per claim: means over prompts and seeds, with the 95 % interval over the prompts as a band."""
 
 import io
 
@@ -13,13 +13,13 @@ from dno.runs.files import write_whole
 SKY = "#56B4E9"  # Okabe and Ito's, for a sixth line
 AXES = {
     "black": "darkness", "white": "brightness", "sprites": "sprites (CLIP)", "jpeg": "JPEG reward (−kB)",
-    "judge": "judge's agreement", "probability": "P(z)", "calls": "denoiser calls an image",
-    "seconds": "seconds an image, one thread", "iterations": "iteration",
+    "judge": "judge's agreement", "probability": "P(z)", "calls": "denoiser calls per image",
+    "seconds": "seconds per image, one thread", "iterations": "iteration",
 }  # fmt: skip
 
 
 def draw(results, letter, path):
-    """Write the picture of one section. Returns False where nothing of it has been measured."""
+    """Write the picture of one section. Returns False if nothing of it has been measured."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -91,7 +91,7 @@ def _against(results, panel, name, objective, axis, label, colour, style="-", ke
 
 
 def _trade(results, panel, name, objective, label, colour, style="-", marker="o", key="judge"):
-    """A held-out metric against the reward, a point an iteration, means."""
+    """A held-out metric against the reward, one point per iteration, means."""
     prompts = results.prompts(name)
     if not prompts:
         return

@@ -21,8 +21,8 @@ def t_975(freedom):
 def interval(values):
     """(mean, low, high) of values (P, S): P prompts with S seeds each, the 95 % interval over the prompts.
 
-    Seeds of one prompt are averaged first: they are no independent samples of what prompts do. With one prompt, or
-    where a value is not finite, the interval is everything.
+    Seeds of one prompt are averaged first: they are not independent samples of what prompts do. With one prompt, or
+    if a value is not finite, the interval is everything.
     """
     means = np.asarray(values, dtype=float).mean(axis=1)
     mean = float(means.mean())
@@ -49,14 +49,14 @@ class Comparison:
 
     @property
     def outcome(self):
-        """yes, where the interval lies above 0; the reverse, where it lies below; undecided else."""
+        """yes if the interval lies above 0, the reverse if it lies below, else undecided."""
         return "yes" if self.low > 0 else "the reverse" if self.high < 0 else "undecided"
 
 
 def verdict(comparisons):
     """holds: all outcomes are yes; holds partly: some are; does not hold here: none is.
 
-    comparisons: a None is one that was not measured, and does not count; where there are no others, neither is this.
+    comparisons: None is one that was not measured, and does not count; if there are no others, neither is the claim.
     """
     outcomes = [comparison.outcome for comparison in comparisons if comparison is not None]
     if not outcomes:
@@ -66,7 +66,7 @@ def verdict(comparisons):
 
 
 def best_so_far(curves):
-    """The running maximum of (..., N); what is not a number does not count."""
+    """The running maximum of (..., N); NaN does not count."""
     return np.fmax.accumulate(curves, axis=-1)
 
 

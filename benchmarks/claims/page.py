@@ -49,11 +49,11 @@ def _head(results, command, cores):
     one, iteration = (results.seconds(name) for name in ("draws", "black"))
     ratio = ""
     if one and iteration:
-        ratio = f" Measured: {iteration:.2f} s an iteration, {one:.2f} s a draw, a ratio of {iteration / one:.1f}."
+        ratio = f" Measured: {iteration:.2f} s per iteration, {one:.2f} s per draw, a ratio of {iteration / one:.1f}."
     missing = "" if done == planned else f" `{command}` makes the others and writes this page again."
     text = f"""# The paper's claims on the embedded model
 
-Written by `{command}` from its measurements; no line of it by hand.
+Written by `{command}` from its measurements; nothing in it is written by hand.
 
 **Size.** Model `{size.model}`, {len(size.prompts)} prompts ({", ".join(size.prompts)}) x {size.seeds} seeds,
 {size.num_steps} sampling steps, eta 1 unless it says otherwise, {size.iterations} iterations (other lengths are in the
@@ -63,7 +63,7 @@ of one thread each, on a machine with {cores} CPU cores.{missing}
 
 **Cost.** A *denoiser call* is one guided UNet evaluation on one image; the backward pass through a call counts as two
 more, so an iteration with the gradient through T steps costs 3 T calls and a draw T. *Seconds* are processor seconds of
-one thread for an iteration on a single image, the median of a run of its own, times the iterations; the runs themselves
+one thread for an iteration on a single image, the median of a separate run, times the iterations; the runs themselves
 take the seeds of a prompt as one batch, in which each image is optimized as if alone.{ratio}
 
 **Numbers.** A cell is a mean over prompts and seeds with its 95 % interval in brackets: Student's t over the prompts,
@@ -71,10 +71,10 @@ the seeds of a prompt averaged first. The bands in the pictures are the same; th
 so two bands may overlap where the difference is clear. The *judge* is `sprites/judge.py`'s probability that the picture
 shows its prompt; it is never optimized. Intervals are not corrected for the number of comparisons.
 
-**Verdicts.** Each claim is one or more paired differences, each of which the claim says is above 0. A comparison is
-*yes* where its 95 % interval lies above 0, *the reverse* where it lies below, else *undecided*. A claim *holds* if all
+**Verdicts.** Each claim is one or more paired differences that it says are above 0. A comparison is
+*yes* if its 95 % interval lies above 0, *the reverse* if it lies below, else *undecided*. A claim *holds* if all
 its comparisons are yes, *holds partly* if some are, *does not hold here* if none is. Comparisons that were not measured
-are left out of the count and said beside it; a part of the prompts counts as not measured."""
+are left out of the count and listed with it; a row with only some of the prompts counts as not measured."""
     return "\n\n".join(textwrap.fill(paragraph, 120) for paragraph in text.split("\n\n"))
 
 

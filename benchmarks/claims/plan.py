@@ -1,4 +1,4 @@
-"""What is measured: one row a measurement, and which claim needs which of them."""
+"""What is measured: one row per measurement, and which claim needs which of them."""
 
 from dataclasses import asdict, dataclass
 
@@ -46,7 +46,7 @@ FAST = Size(prompts=PROMPTS[:3], seeds=2, num_steps=6, iterations=8, estimates=4
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row, measured once a prompt.
+    """One row, measured once per prompt.
 
     kind: "run" (`align`), "restarts" (`align` from a fresh noise every `block` iterations), "start" (`align` that moves
         x_T alone), or "draws" (no optimization).
@@ -87,7 +87,7 @@ class Measurement:
 
 
 def plan(size):
-    """{claim: [Measurement]}, in the order in which they are measured. A measurement may serve several claims."""
+    """{claim: [Measurement]}, in the order in which they are measured. Several claims may need the same one."""
     rows = {}
 
     def row(name, kind="run", length=None, **settings):

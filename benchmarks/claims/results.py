@@ -35,7 +35,7 @@ class Results:
         return entry
 
     def prompts(self, *names):
-        """All of them, or none where one of these rows lacks any: a part of the prompts is no measurement."""
+        """All of them, or none if one of these rows lacks any: some of the prompts are not a measurement."""
         whole = all(len(self._found[name]) == len(self.size.prompts) for name in names)
         return list(self.size.prompts) if whole else []
 
@@ -54,11 +54,11 @@ class Results:
         return np.take_along_axis(self.curve(name, key, prompts), where, axis=-1)[..., 0]
 
     def calls(self, name):
-        """Guided denoiser calls an iteration."""
+        """Guided denoiser calls per iteration."""
         return self.rows[name].calls(self.size)
 
     def seconds(self, name):
-        """Processor seconds an iteration on one image, or None where it was not timed."""
+        """Processor seconds per iteration on one image, or None if it was not timed."""
         return self._seconds[name]
 
     def complete(self):

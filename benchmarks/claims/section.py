@@ -48,12 +48,12 @@ def digits_of(value):
 
 
 def number(value, digits):
-    """With so many decimals, and no minus before a zero."""
+    """With this many decimals, and no minus before a zero."""
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def compare(results, names, label, difference):
-    """The comparison of `difference(prompts)`, (P, S); None where one of the rows `names` was not measured."""
+    """The comparison of `difference(prompts)`, (P, S); None if one of the rows `names` was not measured."""
     prompts = results.prompts(*names)
     if not prompts:
         return None

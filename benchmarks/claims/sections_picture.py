@@ -108,15 +108,15 @@ def section_e(results):
                 cells = list(map(say, cells))
             rows.append([objective, words, results.rows[name].length, results.calls(name), *cells])
     return Section(
-        "e", "The full gradient, and one that passes the UNet by",
+        "e", "The full gradient, and one that bypasses the UNet",
         "skip_unet holds the UNet's output constant, so its backward pass costs no denoiser call; it gets twice the "
         "iterations.",
         [
-            Claim("The full gradient climbs further in as many iterations.", iterations),
+            Claim("The full gradient climbs further in the same number of iterations.", iterations),
             Claim("The full gradient climbs further at equal cost.", cost),
             Claim("The full gradient reaches a higher reward while the picture still shows its prompt.", kept),
         ],
-        [("", ["reward", "gradient", "iterations", "calls an iteration", "start", f"iteration {length}", "at its end",
+        [("", ["reward", "gradient", "iterations", "calls per iteration", "start", f"iteration {length}", "at its end",
                f"highest, judge >= {BAR}", "judge at the end"], rows)],
     )  # fmt: skip
 

@@ -23,14 +23,14 @@ def section_a(results):
             rows.append([objective, words, *_row_a(results, name, objective)])
     return Section(
         "a", "Reward against time: DNO, best-of-N, random restarts",
-        "Best-of-N keeps the best of N independent draws. Random restarts are DNO begun anew from a fresh noise every "
+        "Best-of-N keeps the best of N independent draws. Random restarts are DNO restarted from a fresh noise every "
         f"{results.size.block} iterations, keeping the best. The reward is the best so far. The budget is that of "
         f"{results.size.iterations} iterations of DNO.",
         [
             Claim("DNO reaches a higher reward than best-of-N at equal cost.", against_draws),
             Claim("DNO reaches a higher reward than random restarts of DNO at equal cost.", against_restarts),
         ],
-        [("Best reward so far, and the second judge's agreement with the image that has it:",
+        [("Best reward so far, and the second judge's agreement with that image:",
           ["reward", "method", "start", "a quarter", "half", "all calls", "judge"], rows)],
     )  # fmt: skip
 
@@ -98,7 +98,7 @@ def section_c(results):
                               f"against --opt_time {name.split()[-1]}", least=True))],
             ),
         ],
-        [("", ["run", "calls an iteration", "start", "at equal calls", "last iteration", "judge at the end"], rows)],
+        [("", ["run", "calls per iteration", "start", "at equal calls", "last iteration", "judge at the end"], rows)],
     )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def section_d(results):
     return Section(
         "d", "Estimated gradients: JPEG size, a reward without a gradient",
         "The reward is minus the size in kilobytes at JPEG quality 95, the best so far. hybrid perturbs the noise and "
-        "samples anew, hybrid_image perturbs the image, zo does without the model's Jacobian; mu 0.01.",
+        "samples again, hybrid_image perturbs the image, zo does not use the model's Jacobian; mu 0.01.",
         [
             Claim(
                 "The hybrid gradient climbs faster than zeroth order at equal cost.",
@@ -144,6 +144,6 @@ def section_d(results):
             Claim("Perturbing the noise climbs faster than perturbing the image at equal cost.",
                   equal(noise, image, "hybrid against hybrid_image")),
         ],
-        [("", ["estimator", "q", "iterations", "calls an iteration", "seconds an iteration", "start", "at equal calls",
-               "at its end", "judge at its best"], rows)],
+        [("", ["estimator", "q", "iterations", "calls per iteration", "seconds per iteration", "start",
+               "at equal calls", "at its end", "judge at its best"], rows)],
     )  # fmt: skip

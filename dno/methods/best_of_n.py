@@ -206,7 +206,7 @@ def neighbour(z, xi, rho):
     """
     moved = math.sqrt(1 - rho**2) * z + rho * xi
     wanted, got = (noise.flatten(2).norm(dim=2)[..., None, None, None] for noise in (z, moved))
-    return moved * (wanted / got.clamp(min=torch.finfo(z.dtype).tiny))
+    return moved * (wanted / got)
 
 
 class Ranking(State):

@@ -66,13 +66,12 @@ def save_checkpoint(run_folder, step, tensors, state, keep=2):
             folder.mkdir()
             sync_folder(folder.parent)
         _remove(part for _, part in _find(folder, PART))
+        found = _find(folder, NAME)
         write_whole(path, data, fsync=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; {_fix(error)}") from error
-    with contextlib.suppress(OSError):  # this checkpoint is safe; the next save tries to remove the others again
-        found = [(other, path) for other, path in _find(folder, NAME) if _is_file(path)]
-        kept = [other for other, _ in found if other <= step][:keep]
-        _remove(path for other, path in found if other not in kept)
+    older = [path for other, path in found if other < step and _is_file(path)]
+    _remove([*older[keep - 1 :], *(path for other, path in found if other > step)])
     return path
 
 
@@ -151,9 +150,9 @@ def _is_file(path):
 
 
 def _remove(paths):
-    """Remove our files; a folder or a link with such a name is not ours."""
+    """Remove what is a file; a folder or a link with such a name is not ours."""
     for path in filter(_is_file, paths):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # no reason to fail; the next save tries again
             path.unlink()
 
 

@@ -116,9 +116,8 @@ class Recorder:
             own, objectives, others = ({k: v[row] for k, v in table.items()} for table in (columns, named, watched))
             self.last[b] = {"reward": rewards[row], **own, **objectives, **others}
             is_best, why = self.best[b].observe(step, rewards[row], own.get("probability"), self.rules)
-            noise = None if found.noise is None else found.noise[:, row].detach()
+            noise = None if found.noise is None else found.noise[:, row].detach().clone()
             if is_best:
-                noise = None if noise is None else noise.clone()
                 self.best[b] = Best(rewards[row], step, found.images[row].clone(), noise)
                 better.append(row)
             elif self.best[b].step is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -14,6 +15,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from claims import command, intervals  # noqa: E402
 from claims.intervals import Comparison, best_while, first_at_least, frontier, interval, verdict  # noqa: E402
 from claims.plan import Measurement, Size, plan  # noqa: E402
+
+from dno import align  # noqa: E402
 
 # --- statistics ----------------------------------------------------------------------------------------------
 
@@ -30,7 +33,7 @@ def test_one_prompt_or_a_lost_value_says_nothing():
     assert interval([[1.0], [math.nan]])[1:] == (-math.inf, math.inf)
 
 
-def test_the_quantiles_go_on_smoothly_beyond_the_table():
+def test_the_quantiles_continue_smoothly_beyond_the_table():
     assert intervals.t_975(7) == 2.365
     assert intervals.t_975(31) == pytest.approx(2.0395, abs=0.004)
     assert intervals.t_975(10**6) == pytest.approx(1.960, abs=1e-3)
@@ -181,3 +184,33 @@ def test_random_restarts_begin_with_the_plain_run_and_then_with_the_draws(flags)
 def test_a_wrong_letter_is_refused():
     with pytest.raises(SystemExit):
         command.main("", ["--claims", "xyz"])
+
+
+# --- the methods of its own ----------------------------------------------------------------------------------
+
+COMMON = {"objective": "black", "num_steps": 2, "batch_size": 2, "seed": 5}
+
+
+def test_restarts_after_each_iteration_are_independent_draws(tiny_model):
+    restarts = align(tiny_model, method="restarts", block=1, opt_steps=3, **COMMON)
+    draws = align(tiny_model, method="best_of_n", num_candidates=3, candidates_per_iteration=1, **COMMON)
+    found, expected = ([line["rewards"] for line in result.metrics] for result in (restarts, draws))
+    assert np.allclose(found, expected, atol=1e-5) and len({*np.ravel(found)}) == 6
+
+
+def test_restarts_climb_between_them_and_resume(tiny_model, tiny_folder, tmp_path):
+    settings = {"method": "restarts", "block": 2, **COMMON}
+    whole = align(tiny_model, opt_steps=4, **settings).metrics
+    align(str(tiny_folder), opt_steps=2, folder=tmp_path / "run", draw=False, **settings)
+    resumed = align(resume=tmp_path / "run", opt_steps=4).metrics
+    assert [line["rewards"] for line in resumed] == [line["rewards"] for line in whole]
+    assert whole[1]["reward"] > whole[0]["reward"] and whole[3]["reward"] > whole[2]["reward"]
+
+
+def test_x_t_alone_moves_and_every_noise_counts(tiny_model):
+    first = align(tiny_model, opt_steps=1, **COMMON)
+    moved = align(tiny_model, method="start_only", opt_steps=2, lr=0.1, **COMMON)
+    assert moved.steps == [1, 1] and moved.metrics[0]["rewards"] == first.metrics[0]["rewards"]
+    assert torch.equal(moved.noise[:-1], first.noise[:-1]) and not torch.equal(moved.noise[-1], first.noise[-1])
+    replayed = align(tiny_model, noise=moved.noise, opt_steps=1, **COMMON)
+    assert np.allclose(replayed.metrics[0]["rewards"], moved.rewards, atol=1e-5)

@@ -19,7 +19,7 @@ def model(tiny_folder):
 
 
 class Problem:
-    """A weighted mean of each image's pixels as a function of its noise: the source, the split, where to start."""
+    """A weighted mean of each image's pixels as a function of its noise, and a noise to start from."""
 
     def __init__(self, model, recompute=True, eta=1.0, opt_time=STEPS, guidance_scale=5.0, batch=1, network=True):
         conditioning = model.encode_prompts(["white duck"] * batch)

@@ -130,9 +130,7 @@ def test_batch_equals_its_images_alone():
 
 def test_gradient_is_clipped_image_by_image():
     """SGD's first step moves by lr * 1.9 along a gradient of the clipped norm."""
-    state, log = optimize(
-        StandIn(target=50.0, batch_size=2, optimizer="sgd", lr=1.0, max_grad_norm=0.5, opt_steps=1)
-    )
+    state, log = optimize(StandIn(target=50.0, batch_size=2, optimizer="sgd", lr=1.0, max_grad_norm=0.5, opt_steps=1))
     for b in range(2):
         moved = (state.z([b]) - log[0].noise[:3, [b]]).norm().item()
         assert moved == pytest.approx(1.9 * 0.5, rel=1e-4)

@@ -180,7 +180,7 @@ def test_only_the_newest_are_kept_and_only_our_files_removed(tmp_path):
     (folder / ".000008.safetensors.123-abcdef.part").write_text("left by a process that was killed")
     for step in (10, 20, 100):
         save(tmp_path, step, keep=2)
-    assert before.keys() == contents(tmp_path).keys() - {path_of(tmp_path, 20), path_of(tmp_path, 100)}
+    assert contents(tmp_path).keys() == before.keys() | {path_of(tmp_path, 20), path_of(tmp_path, 100)}
     save(tmp_path, 110, keep=1)
     assert newest(tmp_path).step == 110
     assert contents(tmp_path) == before | {path_of(tmp_path, 110): path_of(tmp_path, 110).read_bytes()}
@@ -287,7 +287,7 @@ def test_sizes_are_not_believed(two):
     ):  # fmt: skip
         path.write_bytes(bad)
         assert newest(two, line_of("cut short")).step == 10
-    for start in (b"", good, struct.pack("<Q", 2**39) + b"[" * 100):
+    for start in (b"", good, struct.pack("<Q", 2**39) + b"[" * 100) if os.name != "nt" else ():  # not sparse there
         with open(path, "wb") as file:
             file.write(start)
             file.truncate(2**40)
