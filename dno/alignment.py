@@ -124,7 +124,9 @@ def run(
                 return _iterate(method(task), recorder, start.asked)
         except BaseException as error:
             recorder.save_what_there_is()
-            error.result = _result(recorder) if recorder.metrics and recorder.state else None
+            error.result = None
+            with contextlib.suppress(Exception):  # such as on a device that has failed
+                error.result = _result(recorder) if recorder.metrics and recorder.state else None
             if isinstance(error, KeyboardInterrupt) and error.result and hasattr(builtins, "__IPYTHON__"):
                 warnings.warn(f"stopped by Ctrl-C after {len(recorder.metrics)} iterations", stacklevel=3)
                 return error.result

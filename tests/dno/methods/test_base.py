@@ -14,11 +14,11 @@ import torch
 
 from dno import UserError, align
 from dno.__main__ import main, overview
-from dno.alignment import make_settings
 from dno.methods import METHODS, method_class
 from dno.methods.base import Iteration, Method, State
 from dno.noise import keyed_generator
 from dno.regularization import probability
+from dno.resume import make_settings
 from dno.runs.checkpoints import load_newest
 from dno.settings import Group, setting
 from dno.task import Loaded, Task

@@ -6,12 +6,12 @@ import warnings
 import pytest
 import torch
 
-from dno.alignment import make_settings
 from dno.errors import UserError
 from dno.memory import Plan
 from dno.methods.noise_optimization import MAX_BAD_STEPS, NoiseOptimization
 from dno.noise import PERMUTATIONS, draw_noise, keyed_generator
 from dno.regularization import probability, probability_min, probability_penalty
+from dno.resume import make_settings
 from dno.team import Team
 
 STEPS, SHAPE = 3, (3, 4, 4)
