@@ -28,8 +28,8 @@ RUN_FLAGS = {
         {"metavar": "RUN_FOLDER"},
     ),
     "config": (
-        "start a new run with the settings of this file, such as the args.json of any run; flags that are given too win",
-        "start a new run with the settings of an args.json; flags given too win",
+        "start a new run with the settings of this file, such as the args.json of a run; other flags override them",
+        "start a new run with the settings of an args.json; other flags override them",
         {"metavar": "FILE"},
     ),
     "prompts": (
