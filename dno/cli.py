@@ -28,7 +28,7 @@ RUN_FLAGS = {
         {"metavar": "RUN_FOLDER"},
     ),
     "config": (
-        "start a new run with the settings of this file, such as the args.json of any run; flags that are given too win",
+        "start a new run with the settings of this file, such as any run's args.json; flags that are given too win",
         "start a new run with the settings of an args.json; flags given too win",
         {"metavar": "FILE"},
     ),
