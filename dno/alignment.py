@@ -118,7 +118,7 @@ def run(
                 out_of_memory_explained(),
                 Task(
                     settings, noise, needs_gradient=method.needs_gradient(settings), team=team, loaded=loaded,
-                    reserved=("probability", "probability_min", *method.columns), before_loading=open_folder,
+                    reserved=(*method.columns, *method.metrics), before_loading=open_folder,
                 ) as task,
             ):  # fmt: skip
                 return _iterate(method(task), recorder, start.asked)

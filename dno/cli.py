@@ -28,13 +28,8 @@ RUN_FLAGS = {
         {"metavar": "RUN_FOLDER"},
     ),
     "config": (
-<<<<<<< HEAD
         "start a new run with the settings of this file, such as the args.json of a run; other flags override them",
         "start a new run with the settings of an args.json; other flags override them",
-=======
-        "start a new run with the settings of this file, such as any run's args.json; flags that are given too win",
-        "start a new run with the settings of an args.json; flags given too win",
->>>>>>> w-tests2
         {"metavar": "FILE"},
     ),
     "prompts": (
