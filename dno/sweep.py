@@ -16,7 +16,7 @@ from dno.alignment import align
 from dno.errors import UserError
 from dno.methods import method_class
 from dno.resume import make_settings
-from dno.runs.checkpoints import load_newest
+from dno.runs.checkpoints import OtherVersion, load_newest
 from dno.runs.files import write_whole
 from dno.runs.folder import lock_folder
 from dno.runs.stop_rules import StopRules
@@ -161,6 +161,8 @@ def _stage(path):
         return NEW
     try:
         load_newest(path)
+    except OtherVersion:  # what it found is kept
+        raise
     except UserError as error:
         warnings.warn(f"{error}; it starts over", stacklevel=2)
         return NEW

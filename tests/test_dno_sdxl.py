@@ -147,7 +147,7 @@ def test_out_of_memory_falls_back_to_the_next_plan_in_the_same_iteration_and_los
         result = align(**settings)
     said = [str(warning.message) for warning in seen if "out of memory" in str(warning.message)]
     assert said == [
-        f"iteration 1: out of memory; continuing with {plan}"
+        f"iteration 1: out of memory; falling back to {plan}"
         for plan in ("partial (1 of 3 steps keep their graph)", "step", "block", "block, split guidance")
     ]
     assert [m["step"] for m in result.metrics] == [0, 1, 2]

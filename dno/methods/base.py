@@ -91,7 +91,7 @@ class Method:
     name: on the command line. title: for people. prefix: of the run folders' names.
     groups: its own groups of settings, which are its flags. presets: its own defaults of shared settings.
     result: "noise" (the model's sampler turns it into the images), "image" (there is no such noise) or "weights".
-    columns: metric -> title, of its own metrics that are worth a chart.
+    columns: metric -> title, of its own metrics that are worth a chart; metrics: the names of the others.
     """
 
     name: ClassVar[str]
@@ -101,6 +101,7 @@ class Method:
     presets: ClassVar[dict] = {}
     result: ClassVar[str] = "noise"
     columns: ClassVar[dict] = {}
+    metrics: ClassVar[tuple] = ()
 
     @classmethod
     def settings_class(cls):

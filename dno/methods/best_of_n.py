@@ -79,6 +79,7 @@ class Candidates(Group):
 class BestOfN(Method):
     name, title, prefix = "best_of_n", "Best-of-N", "BestOfN"
     groups = (Candidates,)
+    metrics = ("candidate",)
     columns = {"mean": "mean reward of the candidates", "std": "standard deviation of their rewards"}
 
     @classmethod

@@ -129,7 +129,7 @@ class EstimationSettings(Group):
     )
     batch_per_device: int = setting(
         4,
-        "samples, or candidates, that one process renders at once, at most",
+        "samples that one process renders at once, at most",
         basic="samples that one process renders at once",
         changeable=True,
         least=1,

@@ -22,7 +22,7 @@ from dno.runs.files import sync_folder, write_whole
 
 FORMAT = 2
 NAME = r"(\d{6}|[1-9]\d{6,})\.safetensors"
-PART = rf"\.{NAME}\..+\.part"  # what `write_whole` leaves behind if the process is killed
+PART = rf"\.{NAME}\.\d+-[0-9a-f]{{8}}\.part"  # what `write_whole` leaves behind if the process is killed
 BLANK = "0" * 64
 
 
@@ -57,7 +57,7 @@ def save_checkpoint(run_folder, step, tensors, state, keep=2):
     tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     metadata = {"format": str(FORMAT), "step": str(step), "state": json.dumps(state), "sha256": BLANK}
     data = save(tensors, metadata)
-    data = data.replace(_field(BLANK), _field(_sha256(data)), 1)
+    data = data.replace(_field(BLANK), _field(_digest(data)), 1)
 
     folder = Path(run_folder).expanduser() / "checkpoints"
     path = folder / f"{step:06d}.safetensors"
@@ -121,7 +121,7 @@ def _read(path, step):
             metadata = file.metadata()
         data, sha256 = path.read_bytes(), metadata["sha256"]
         # The digest comes first, in every format to come as well: a flipped bit must not look like another version.
-        if _sha256(data.replace(_field(sha256), _field(BLANK), 1)) != sha256:
+        if _digest(data, sha256) != sha256:
             raise _Damaged("sha256 differs")
         version = int(metadata["format"])
         if version > FORMAT:
@@ -161,8 +161,12 @@ def _field(sha256):
     return f'"sha256":"{sha256}"'.encode()
 
 
-def _sha256(data):
-    return hashlib.sha256(data).hexdigest()
+def _digest(data, written=BLANK):
+    """sha256 of a whole file, with zeros for the digest that is written in its header."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    digest = hashlib.sha256(data[:end].replace(_field(written), _field(BLANK), 1))
+    digest.update(memoryview(data)[end:])  # not copied
+    return digest.hexdigest()
 
 
 def _fix(error):

@@ -116,12 +116,12 @@ class Recorder:
             own, objectives, others = ({k: v[row] for k, v in table.items()} for table in (columns, named, watched))
             self.last[b] = {"reward": rewards[row], **own, **objectives, **others}
             is_best, why = self.best[b].observe(step, rewards[row], own.get("probability"), self.rules)
-            noise = None if found.noise is None else found.noise[:, row].detach().clone()
             if is_best:
-                self.best[b] = Best(rewards[row], step, found.images[row].clone(), noise)
+                self.best[b] = Best(rewards[row], step, found.images[row].clone())
                 better.append(row)
-            elif self.best[b].step is None:
-                self.best[b].noise = noise  # of an image without a finite reward so far, the newest
+            if found.noise is not None and (is_best or self.best[b].step is None):
+                # An image without a finite reward so far has its newest.
+                self.best[b].noise = found.noise[:, row].detach().clone()
             if why:
                 self.state.stop(b, why)
         return better

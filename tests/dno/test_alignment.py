@@ -303,6 +303,19 @@ def test_objectives_may_be_a_dict_of_weights(quick):
     check_equal(quick(objective={"black": 1.0}), quick(objective="black"))
 
 
+def test_args_name_the_files_of_a_runs_own_rewards(quick, tmp_path):
+    """Also if the rewards are shared, and another run came between."""
+    from dno.task import Loaded
+
+    shared = Loaded()
+    settings = {"opt_steps": 1, "output": tmp_path}
+    files = [
+        args_of(quick(objective=objective, loaded=loaded, **settings))["reward_files"]
+        for objective, loaded in (("sprites", shared), ("black", None), ("sprites", shared))
+    ]
+    assert files[0] == files[2] and files[0] and not files[1]
+
+
 # Noise to start from.
 
 

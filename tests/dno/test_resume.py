@@ -97,6 +97,7 @@ CASES = [
     {"gamma": 10.0},
     {"batch_size": 2, "objective": ("contrast:0.1", "white"), "evaluate": ("jpeg",)},
     {"optimizer": "sgd", "eta": 0.0},
+    {"prompt": ("white duck", "red car"), "negative_prompt": ("", "green"), "objective": {"contrast": 0.1, "black": 1}},
     {"precondition": "spectral", "opt_time": 2},
     {"weight_decay": 0.01, "best_of": 2, "patience": 2},
     {"estimator": "hybrid", "objective": ("jpeg",), "num_samples": 4},

@@ -68,8 +68,9 @@ def test_a_given_x_T_is_completed_by_the_images_own_draws(make):
     assert torch.equal(make(whole).given_noise(), whole)
 
 
-def test_everything_is_checked_before_anything_is_loaded(settings, monkeypatch):
-    order = []
+def test_everything_is_checked_before_anything_is_loaded(settings, monkeypatch, tmp_path):
+    order, mine = [], f"{tmp_path / 'mine.py'}:mean"
+    (tmp_path / "mine.py").write_text("def mean(inference_dtype=None, device=None):\n    return None\n")
     monkeypatch.setattr("dno.task.load_model", lambda *_: order.append("model") or pytest.fail("loaded"))
     for given in (
         {"objective": "blac"}, {"objective": ["black", "black"]}, {"objective": "black:0"}, {"evaluate": "black"},
@@ -84,8 +85,8 @@ def test_everything_is_checked_before_anything_is_loaded(settings, monkeypatch):
             Task(settings(), noise, before_loading=lambda: order.append("begin"))
     with pytest.raises(UserError, match="'jpeg' is not differentiable; use --estimator hybrid"):
         Task(settings(objective="jpeg"), needs_gradient=True, before_loading=lambda: order.append("begin"))
-    with pytest.raises(UserError, match="the reward 'jpeg' has the name of another metric"):
-        Task(settings(evaluate="jpeg"), reserved=("jpeg",), before_loading=lambda: order.append("begin"))
+    with pytest.raises(UserError, match="the reward 'mean' has the name of another metric"):
+        Task(settings(evaluate=mine), reserved=("mean",), before_loading=lambda: order.append("begin"))
     assert order == []
 
 

@@ -165,26 +165,28 @@ def test_no_tensors_and_a_step_of_seven_digits(tmp_path):
 def test_only_the_newest_are_kept_and_only_our_files_removed(tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    strangers = ["000000-mine.safetensors", "notes.txt", "12345.safetensors", "0000001.safetensors", "000003.txt",
-                 ".000001.safetensors.part.txt", "x.000001.safetensors.1.part", "٠٠٠٠٠١.safetensors", "000004",
-                 ".notes.safetensors.1-a.part"]  # fmt: skip
+    strangers = [
+        "000000-mine.safetensors", "notes.txt", "12345.safetensors", "0000001.safetensors", "000003.txt", "000004",
+        "٠٠٠٠٠١.safetensors", ".000001.safetensors.part", ".000001.safetensors.1.part", ".notes.1-abcdef01.part",
+        ".000001.safetensors.1-abcdef01.part.txt", "x.000001.safetensors.1-abcdef01.part",
+    ]  # fmt: skip
     for name in strangers:
         (folder / name).write_text("mine")
-    for name in ("000001.safetensors", "000030.safetensors", ".000005.safetensors.1-a.part", "000006"):
+    for name in ("000001.safetensors", "000030.safetensors", ".000005.safetensors.1-abcdef01.part", "000006"):
         (folder / name).mkdir()
         (folder / name / "file").write_text("mine")
     (tmp_path / "elsewhere").write_text("mine")
-    for name in ("000002.safetensors", ".000007.safetensors.1-a.part"):
+    for name in ("000002.safetensors", ".000007.safetensors.1-abcdef01.part"):
         (folder / name).symlink_to(tmp_path / "elsewhere")
     before = contents(tmp_path)
-    (folder / ".000008.safetensors.123-abcdef.part").write_text("left by a process that was killed")
+    (folder / ".000008.safetensors.123-abcdef09.part").write_text("left by a process that was killed")
     for step in (10, 20, 100):
         save(tmp_path, step, keep=2)
     assert contents(tmp_path).keys() == before.keys() | {path_of(tmp_path, 20), path_of(tmp_path, 100)}
     save(tmp_path, 110, keep=1)
     assert newest(tmp_path).step == 110
     assert contents(tmp_path) == before | {path_of(tmp_path, 110): path_of(tmp_path, 110).read_bytes()}
-    assert os.readlink(folder / ".000007.safetensors.1-a.part") and os.readlink(folder / "000002.safetensors")
+    assert os.readlink(folder / ".000007.safetensors.1-abcdef01.part") and os.readlink(folder / "000002.safetensors")
 
 
 def test_what_is_newer_than_the_checkpoint_just_written_is_removed(tmp_path):
@@ -416,7 +418,7 @@ def test_there_is_no_such_folder_or_it_is_not_of_a_run(tmp_path):
     with refused("args.json is not a run folder"):
         load_newest(tmp_path / "args.json")
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / ".000010.safetensors.1-a.part").touch()
+    (tmp_path / "checkpoints" / ".000010.safetensors.1-abcdef01.part").touch()
     with refused(f"{tmp_path} has no checkpoint"):
         load_newest(tmp_path)
     path_of(tmp_path, 10).touch()
@@ -541,7 +543,9 @@ def test_killed_at_each_file_operation(tmp_path, saver, case):
         if case != "first":
             save(run, 10)
         if case == "after a kill":
-            (run / "checkpoints" / ".000015.safetensors.1-a.part").write_bytes(path_of(run, 10).read_bytes()[:100])
+            (run / "checkpoints" / ".000015.safetensors.1-abcdef01.part").write_bytes(
+                path_of(run, 10).read_bytes()[:100]
+            )
         done, code = saver(run, [step, step + 1], keep=keep, kill_at=kill_at)
         if case == "first" and not path_of(run, 20).exists():
             with refused("has no checkpoint"):
@@ -609,7 +613,9 @@ def test_a_full_disk(tmp_path, step):
     """With any room left, up to one page less than is needed; with step 10 the checkpoint is written again."""
     with small_disk(tmp_path / "disk") as run:
         (run / "checkpoints").mkdir()
-        (run / "checkpoints" / ".000007.safetensors.1-a.part").write_bytes(bytes(900_000))  # a killed process left it
+        (run / "checkpoints" / ".000007.safetensors.1-abcdef01.part").write_bytes(
+            bytes(900_000)
+        )  # a killed process left it
         save(run, 10, size=60_000)
         before, needed = contents(run), (1 << 20) - free(run)
         for room in (0, 4096, 8192, needed // 8192 * 4096, needed - 8192, needed - 4096):
@@ -657,7 +663,7 @@ def test_files_that_may_not_grow(two, room):
 def test_a_read_only_disk(tmp_path):
     with small_disk(tmp_path / "disk") as run:
         save(run, 10)
-        (run / "checkpoints" / ".000020.safetensors.1-a.part").touch()  # killed just there
+        (run / "checkpoints" / ".000020.safetensors.1-abcdef01.part").touch()  # killed just there
         before = contents(run)
         subprocess.run(["mount", "-o", "remount,ro", run], check=True)
         with refused(f"cannot write {path_of(run, 20)}", "Read-only file system", "make the folder writable"):

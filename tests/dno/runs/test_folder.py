@@ -181,7 +181,7 @@ def test_metrics_on_a_full_disk_are_an_error(written):
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-    """Inside, no file of this process may grow over this many bytes; so nothing but the writing in question goes here."""
+    """Inside, no file of this process may grow over this many bytes; only the writing in question belongs here."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
