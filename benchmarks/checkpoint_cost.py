@@ -54,7 +54,7 @@ def main():
                 start = time.perf_counter()
                 load_newest(folder)
                 loads.append(time.perf_counter() - start)
-            size = sum(file.stat().st_size for file in path.iterdir())
+            size = path.stat().st_size
         noise = tensors["noise"].nbytes
         save, load = statistics.median(saves), statistics.median(loads)
         row = [name, f"{size / 1e6:.2f} MB", f"{size / noise:.2f}", f"{save:.3f} s", f"{load:.3f} s"]

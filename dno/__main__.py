@@ -20,10 +20,13 @@ COMMANDS = {"report": ("dno.report.page", "a page of one or several runs, to ope
 
 def overview():
     """The text of `python -m dno`."""
-    methods = {name: method_class(name).title for name in METHODS}
+    from dno.cli import about
+
+    methods = {name: about(method_class(name)) for name in METHODS}
     commands = {name: what for name, (_, what) in COMMANDS.items()}
     width = max(map(len, [*methods, *commands])) + 2
-    lines = ["usage: python -m dno METHOD [flags]", "       python -m dno COMMAND [arguments]", "", "methods:"]
+    lines = ["usage: python -m dno METHOD [flags]", "       python -m dno --resume RUN_FOLDER"]
+    lines += ["       python -m dno COMMAND [arguments]", "", "methods:"]
     lines += [f"  {name:<{width}}{title}" for name, title in methods.items()]
     lines += ["", "commands:", *(f"  {name:<{width}}{what}" for name, what in commands.items())]
     return "\n".join([*lines, "", "-h after a method or command lists its flags"])

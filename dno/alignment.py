@@ -118,13 +118,15 @@ def run(
                 out_of_memory_explained(),
                 Task(
                     settings, noise, needs_gradient=method.needs_gradient(settings), team=team, loaded=loaded,
-                    reserved=("probability", "probability_min", *method.columns), before_loading=open_folder,
+                    reserved=(*method.columns, *method.metrics), before_loading=open_folder,
                 ) as task,
             ):  # fmt: skip
                 return _iterate(method(task), recorder, start.asked)
         except BaseException as error:
             recorder.save_what_there_is()
-            error.result = _result(recorder) if recorder.metrics and recorder.state else None
+            error.result = None
+            with contextlib.suppress(Exception):  # such as on a device that has failed
+                error.result = _result(recorder) if recorder.metrics and recorder.state else None
             if isinstance(error, KeyboardInterrupt) and error.result and hasattr(builtins, "__IPYTHON__"):
                 warnings.warn(f"stopped by Ctrl-C after {len(recorder.metrics)} iterations", stacklevel=3)
                 return error.result

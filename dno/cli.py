@@ -28,13 +28,13 @@ RUN_FLAGS = {
         {"metavar": "RUN_FOLDER"},
     ),
     "config": (
-        "start with the settings of this args.json, of any run; flags that are given besides win",
-        "settings of an args.json; flags given besides win",
+        "start a new run with the settings of this file, such as the args.json of a run; other flags override them",
+        "start a new run with the settings of an args.json; other flags override them",
         {"metavar": "FILE"},
     ),
     "prompts": (
         "one run per line of this file, instead of --prompt; repeat the command to resume what is missing",
-        "one run per line of this file",
+        "one run per line of this file, as its prompt",
         {"metavar": "FILE"},
     ),
     "seeds": (
@@ -58,8 +58,8 @@ def build_parser(method, description=None, presets=None, everything=False):
     cls, presets = method.settings_class(), {**method.presets, **(presets or {})}
     summary, _, commands = (description or _describe(method)).strip().partition("\n\n")
     parser = argparse.ArgumentParser(
-        prog=_program(method), usage="%(prog)s [flags]", description=summary, epilog=_epilog(commands), formatter_class=_Help,
-        allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False,
+        prog=_program(method), usage="%(prog)s [flags]", description=summary, epilog=_epilog(commands),
+        formatter_class=_Help, allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False,
     )  # fmt: skip
     hints = get_type_hints(cls)
     basic = None if everything else parser.add_argument_group("flags")
@@ -177,9 +177,7 @@ class _Command:
         if not self.team.leads:
             warnings.showwarning = functools.partial(_show_warning, rank=self.team.rank)
         if self.prompts or self.seeds:
-            return sweep(
-                self.method, self.start.asked, self.prompts, self.seeds, self.prefix, self.team, self.insist
-            )  # fmt: skip
+            return sweep(self.method, self.start.asked, self.prompts, self.seeds, self.prefix, self.team, self.insist)
         self.screen = Screen() if self.team.leads else None
         result = run(self.start, prefix=self.prefix, screen=self.screen, team=self.team, callback=self.insist)
         if self.screen:
@@ -235,7 +233,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def _format_action_invocation(self, action):
         if isinstance(action, _Switch):
-            return action.option_strings[1 if action.on else 0]
+            return ", ".join(action.option_strings[: 2 if action.on else 1])
         return super()._format_action_invocation(action)
 
     def _format_args(self, action, default_metavar):
@@ -258,8 +256,9 @@ def _help(text, default):
     """The help text of a flag, with its default unless the text says it or there is none."""
     if text is None:
         return argparse.SUPPRESS
-    shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
-    if shown is None or isinstance(shown, bool) or shown == "" or "default" in text:
+    shown = "on" if default is True else default
+    shown = " ".join(map(str, shown)) if isinstance(shown, list | tuple) else shown
+    if shown is None or shown is False or shown == "" or "default" in text:
         return text.replace("%", "%%")
     return f"{text} [{shown}]".replace("%", "%%")
 
@@ -286,7 +285,7 @@ def _optional(kind):
 
 
 class _Switch(argparse.BooleanOptionalAction):
-    """--flag and --no-flag; the help shows the one that changes the default, `on`."""
+    """--flag and --no-flag; the help shows the second one only if the first is the default (`on`)."""
 
     def __init__(self, *args, on=False, **kwargs):
         super().__init__(*args, **kwargs)
@@ -294,8 +293,14 @@ class _Switch(argparse.BooleanOptionalAction):
 
 
 def _describe(method):
-    """The help's description of a method without a script: its title, and a command to try."""
-    return f"{method.title}.\n\ncommands to try:\n  python -m dno {method.name} --model sprites --objective sprites"
+    """The help's description of a method without a script: what it is, and a command to try."""
+    command = f'python -m dno {method.name} --model sprites --prompt "white duck" --objective sprites'
+    return f"{about(method)}\n\ncommands to try:\n  {command}"
+
+
+def about(method):
+    """What a method is: the first sentence of its file, or its title."""
+    return (sys.modules[method.__module__].__doc__ or f"{method.title}.").split("\n\n")[0].strip()
 
 
 def _epilog(commands):

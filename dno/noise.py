@@ -68,9 +68,7 @@ class Split:
         return noise[: self.opt_time + 1], noise[self.opt_time + 1 :]
 
     def join(self, z, rest):
-        """T + 1 tensors, as `dno.sampling.sample` takes them. No memory is copied."""
-        if self.only_start:
-            return [torch.zeros((), dtype=z.dtype, device=z.device).expand_as(z[0])] * self.num_steps + [z[0]]
+        """The tensors (B, C, h, w) that `dno.sampling.sample` takes. No memory is copied."""
         return [*z.unbind(), *rest.unbind()]
 
     def whole(self, z, rest):

@@ -25,6 +25,11 @@ class Point:
     alpha: float | torch.Tensor
     sigma: float | torch.Tensor
 
+    def doubled(self):
+        """The point of twice the rows, as guidance evaluates them in one batch."""
+        levels = (self.timestep, self.alpha, self.sigma)
+        return Point(*(torch.cat([v, v]) if isinstance(v, torch.Tensor) and v.dim() else v for v in levels))
+
     def levels(self, x):
         """(alpha, sigma) to multiply x with: numbers as they are, tensors as (B, 1, 1, 1) in the dtype of x."""
 
@@ -92,11 +97,11 @@ def noise_scale(schedule, i, eta):
         renoise:  s = eta * sigma'
         tcd:      s = sqrt(1 - (alpha'/alpha_r)^2), with alpha_r the level of timestep r = floor((1 - eta) * t')
 
-    eta: 0 = the deterministic ODE, for every rule; 1 = for ddpm DDPM's variance, which keeps the marginals; for the two
-        rules of consistency models all of the noise is drawn anew (tcd calls it gamma). Raises ValueError outside [0, 1].
-    Source: ddpm: DDIM (Song et al. 2021, arXiv 2010.02502), section 4.1, written for any (alpha, sigma). renoise:
-    multistep consistency sampling (Song et al. 2023, arXiv 2303.01469). tcd: strategic stochastic sampling of Trajectory
-    Consistency Distillation (Zheng et al. 2024, arXiv 2402.19159).
+    eta: 0 = the deterministic ODE, by every rule; 1 = DDPM's variance by ddpm, which keeps the marginals, and all noise
+        drawn anew by the other two, which are for consistency models. Raises ValueError outside [0, 1].
+    Source: ddpm is DDIM (Song et al. 2021, arXiv 2010.02502), section 4.1, written for any (alpha, sigma); renoise is
+    multistep consistency sampling (Song et al. 2023, arXiv 2303.01469); tcd is Trajectory Consistency Distillation's
+    strategic stochastic sampling (Zheng et al. 2024, arXiv 2402.19159), whose gamma is eta.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; expected a number from 0 (deterministic) to 1 (DDPM's variance)")
@@ -135,14 +140,16 @@ def sample(denoise, noise, schedule, eta=1.0, recompute=True):
 
     denoise: (x, point) -> (x0, eps).
     noise: T + 1 tensors (B, C, h, w), a sequence or one stacked tensor: noise[T] is where sampling starts, step i uses
-        noise[T - 1 - i], and noise[0] (the last step's) has no effect. Gradient flows to those that require it, and
-        no graph is built for the steps before the first of them; and it flows to whatever inside `denoise` requires
-        it, such as the weights of the network.
+        noise[T - 1 - i], and noise[0] (the last step's) has no effect. With eta 0 the start alone will do. Gradient
+        flows to those that require it, and no graph is built for the steps before the first of them; and it flows to
+        whatever inside `denoise` requires it, such as the weights of the network.
     recompute: the number of steps, from the first, that keep their latents only and are rebuilt in the backward pass,
         one step's graph at a time; the others keep their graphs, and are the first that backward uses and frees. True
         is all, so that memory grows with T by the latents alone; False is none. The gradient is the same.
     """
     x, *z = reversed(noise.unbind() if isinstance(noise, torch.Tensor) else noise)
+    if eta == 0 and not z:
+        z = [x.new_zeros(()).expand_as(x)] * schedule.num_steps
     if len(z) != schedule.num_steps:
         raise ValueError(f"{len(z) + 1} noises for {schedule.num_steps} steps; expected {schedule.num_steps + 1}")
     recomputed = first = 0

@@ -17,6 +17,7 @@ from typing import ClassVar, Union, get_args, get_origin, get_type_hints
 from dno.errors import UserError
 from dno.models.specs import DEFAULT_MODEL, TIMESTEP_SPACINGS, model_spec
 from dno.objectives import objective_texts
+from dno.regularization import MAX_SUBSAMPLE
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -81,13 +82,13 @@ class Model(Group):
         "auto",
         "what the frozen networks are stored and run in; noise, sampler and regularizer stay float32. "
         "auto: bf16 on a GPU that has it, else fp32",
-        basic="auto, fp32, bf16 or fp16: of the frozen networks",
+        basic="of the frozen networks: auto, fp32, bf16 or fp16",
         choices=PRECISIONS,
     )
     device: str = setting(
         "auto",
         "where to run; auto: cuda, else mps, else cpu",
-        basic="auto, cpu, cuda or mps",
+        basic="where to run: auto, cpu, cuda or mps",
         changeable=True,
         choices=DEVICES,
     )
@@ -175,7 +176,7 @@ class Sampling(Group):
     batch_size: int = setting(
         1,
         "independent images that are worked on together, each as if alone",
-        basic="independent images at once",
+        basic="independent images that are worked on together",
         least=1,
         metavar="B",
     )
@@ -187,7 +188,7 @@ class Sampling(Group):
         "P(z) and its regularizer look at the noise in rows of 4 ** subsample values",
         basic="P(z) looks at the noise in rows of 4 ** N values",
         least=0,
-        most=4,
+        most=MAX_SUBSAMPLE,
         metavar="N",
     )
 
@@ -279,7 +280,7 @@ class Memory(Group):
     split_guidance: bool = setting(
         False,
         "run the two halves of the guidance one after the other: less memory, a little more time",
-        basic="less memory, a little more time",
+        basic="the halves of the guidance one by one: less memory, more time",
         changeable=True,
     )
     compile: bool = setting(

@@ -15,9 +15,8 @@ import torch
 from dno.alignment import align
 from dno.errors import UserError
 from dno.methods import method_class
-from dno.objectives import METRICS
 from dno.resume import make_settings
-from dno.runs.checkpoints import load_newest
+from dno.runs.checkpoints import OtherVersion, load_newest
 from dno.runs.files import write_whole
 from dno.runs.folder import lock_folder
 from dno.runs.stop_rules import StopRules
@@ -162,6 +161,8 @@ def _stage(path):
         return NEW
     try:
         load_newest(path)
+    except OtherVersion:  # what it found is kept
+        raise
     except UserError as error:
         warnings.warn(f"{error}; it starts over", stacklevel=2)
         return NEW
@@ -175,13 +176,16 @@ def row_of(path):
         why = file.read_text(encoding="utf-8").strip() if file.is_file() else "no result"
         return {"folder": path.name, "failed": why}
     result = json.loads((path / "result.json").read_text(encoding="utf-8"))
-    names = dict.fromkeys(name for image in result["best"] for name in image)
-    best = {name: _mean(image.get(name) for image in result["best"]) for name in names}
+    run = json.loads((path / "args.json").read_text(encoding="utf-8"))["resolved"]
+    best = {
+        name: _mean(image.get(name) for image in result["best"])
+        for name in ("probability", *run["weights"], *run["watched"])
+    }
     return {
         "folder": path.name, "first": _mean(image["reward"] for image in result["first"]),
         "best": _mean(result["rewards"]), "steps": result["steps"], "iterations": result["iterations"],
-        "probability": best.get("probability"), "seconds": result["seconds"], "stopped": result["stopped"],
-        "others": {name: value for name, value in best.items() if name not in METRICS},
+        "probability": best.pop("probability"), "seconds": result["seconds"], "stopped": result["stopped"],
+        "others": best,
     }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ class Task:
         self.dtype = model.dtype if model else resolve_precision(settings.precision, self.device)
         self.precision = next((name for name, dtype in PRECISIONS.items() if dtype == self.dtype), "auto")
         self.state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.prompts, self.negative_prompt = _each(settings.prompt, settings.batch_size), settings.negative_prompt
+        self.prompts = _each(settings.prompt, settings.batch_size)
         self.plan = Plan(0, 0)
         self._check_rewards(reserved)
         self._check_noise(noise)
@@ -114,9 +114,9 @@ class Task:
         self.schedule = self.model.schedule(settings.num_steps, *self.size, settings.timestep_spacing)
         _warn_of_unknown_words(settings)
         self.guided = self.model.needs_negative(settings.guidance_scale)
-        self.conditioning = self.model.encode_prompts(
-            self.prompts, self.negative_prompt, guided=self.guided, **self._sizes()
-        )
+        negative = settings.negative_prompt
+        negative = list(negative) if isinstance(negative, tuple) else negative
+        self.conditioning = self.model.encode_prompts(self.prompts, negative, guided=self.guided, **self._sizes())
         if not self.shared:
             self.model.free_text_encoder()
 
@@ -213,6 +213,21 @@ class Task:
         noise = draw_noise(seeds, settings.num_steps, self.latent_shape[1:], candidate)
         return noise.to(self.device, self.state_dtype)
 
+    @torch.no_grad()
+    def draw_best(self, count):
+        """The best of `count` draws of each image, (T + 1, B, C, h, w); the first of equals."""
+        rows, best, lowest = list(range(self.settings.batch_size)), None, None
+        for k in range(count):
+            noise = self.draw(candidate=k)
+            self.team.send_task(noise[:0], [], -1)  # a sign of life for those who wait for the first task
+            losses, _ = self.losses_or_nan(self.render(noise.unbind(), rows), rows)
+            losses = losses.where(losses.isfinite(), torch.inf)  # what is not finite never wins
+            if best is None:
+                best, lowest = noise, losses
+            better = losses < lowest
+            best[:, better], lowest = noise[:, better], torch.minimum(losses, lowest)
+        return best
+
     def given_noise(self):
         """The noise that the user gave, (T + 1, B, C, h, w) on the device, or None.
 
@@ -278,11 +293,10 @@ def _each(value, count):
 
 def _warn_of_unknown_words(settings):
     known = model_spec(settings.model).words
-    texts = (*_each(settings.prompt, 1), *_each(settings.negative_prompt or "", 1))
-    for prompt in dict.fromkeys(texts):
-        unknown = [word for word in re.findall(r"[^\W_]+", prompt.lower()) if known and word not in known]
-        if unknown:
-            warnings.warn(
-                f"{settings.model} was not trained on {', '.join(map(repr, unknown))}; it knows {', '.join(known)}",
-                stacklevel=2,
-            )
+    text = " ".join((*_each(settings.prompt, 1), *_each(settings.negative_prompt or "", 1))).lower()
+    unknown = [word for word in dict.fromkeys(re.findall(r"[^\W_]+", text)) if known and word not in known]
+    if unknown:
+        warnings.warn(
+            f"{settings.model} was not trained on {', '.join(map(repr, unknown))}; it knows {', '.join(known)}",
+            stacklevel=2,
+        )

@@ -240,3 +240,14 @@ def _cpu_is_forced():
     except ValueError as error:
         got = os.environ["ACCELERATE_USE_CPU"]
         raise UserError(f"ACCELERATE_USE_CPU is {got!r}; expected true or false") from error
+
+
+def shares(num_units, ranks, burden=0):
+    """Where each rank's part of `num_units` ends: rank r has units ends[r]..ends[r + 1], ends[0] = 0.
+
+    burden: what rank 0 does in addition, in units. It gets that much less than its even part, the others share the
+        rest.
+    """
+    first = num_units if ranks == 1 else max(0, round((num_units + burden) / ranks - burden))
+    rest, others = num_units - first, max(ranks - 1, 1)
+    return [0] + [first + rest * r // others for r in range(ranks)]

@@ -20,7 +20,7 @@ INTRODUCTION = """# Flags
 
 Every setting is a flag of the command line, a keyword of `dno.align`, and an entry of `args.json`, under the same name.
 `-h` shows the basic ones, `--help_all` all of them. Those marked with * may be changed when a run is resumed. Switches
-have an off (`--no-compile`), and the value `none` unsets an optional number. This page is made by `python docs/flags.py`.
+have an off (`--no-compile`), and the value `none` unsets an optional number. `python docs/flags.py` makes this page.
 """
 
 
@@ -39,7 +39,8 @@ def group_rows(group):
         text, default = text + f.metadata["help"], f.default
         text, _, said = text.partition("; default: ")
         value = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        value = said or ("" if value is None or value is False or value == "" else "on" if value is True else f"`{value}`")
+        shown = "" if value in (None, "") or value is False else "on" if value is True else f"`{value}`"
+        value = said or shown
         yield f"`--{f.name}`{' *' if f.metadata['changeable'] else ''}", value, text
     if group.title == "reward models":
         for model in MODELS.values():

@@ -33,7 +33,7 @@ def check_whole(folder):
     with Image.open(folder / "evolution.gif") as gif:
         gif.seek(gif.n_frames - 1)
     assert load_noise(folder / "best_noise.safetensors").isfinite().all()
-    assert json.loads((folder / "args.json").read_text())["prompt"]
+    assert json.loads((folder / "args.json").read_text())["settings"]["prompt"]
     assert not [path for path in folder.rglob("*") if path.suffix == ".part"]
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -58,8 +58,8 @@ def test_the_published_command_on_a_small_model(tiny_folder, tmp_path):
     (folder,) = (tmp_path / "output").glob("SD-*")
     lines = check_whole(folder)
     assert [line["step"] for line in lines] == [0, 1] and lines[0]["reward"] != lines[1]["reward"]
-    assert json.loads((folder / "args.json").read_text())["lr"] == 0.01
-    assert result.stdout.endswith(f"pictures: {Path('output') / folder.name / 'evolution.png'}\n")
+    assert json.loads((folder / "args.json").read_text())["settings"]["lr"] == 0.01
+    assert result.stdout.endswith(f"images: {Path('output') / folder.name / 'evolution.png'}\n")
     warnings = [line for line in result.stderr.splitlines() if line and "it/s" not in line and "?it" not in line]
     assert len(warnings) == 1 and warnings[0].startswith("warning: the prompt has"), result.stderr
 
@@ -92,7 +92,7 @@ def test_stopped_runs_leave_whole_files(tiny_folder, tmp_path):
         (folder,) = output.iterdir()
         where = folder.relative_to(tmp_path)
         assert err.endswith(
-            f"stopped by {name}; what was found is in {where}, to go on:\n  python {SCRIPT} --resume {where}\n"
+            f"stopped by {name}; partial results are in {where}; to resume:\n  python {SCRIPT} --resume {where}\n"
         )
         lines = check_whole(folder)
         assert load_newest(folder).step == len(lines)

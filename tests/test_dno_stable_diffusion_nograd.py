@@ -28,7 +28,7 @@ def test_the_published_command_on_two_cpu_ranks(tiny_folder, tmp_path):
     assert folder.name.startswith("SD-NoGrad-")
     args = json.loads((folder / "args.json").read_text())
     published = {"prompt": "black duck", "seed": 123, "mu": 0.01, "batch_per_device": 4, "estimator": "hybrid"}
-    assert args.items() >= published.items() and args["processes"] == 2
+    assert args["settings"].items() >= published.items() and args["resolved"]["processes"] == 2
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1] and all(line["jpeg"] < 0 for line in lines)
     assert result.stdout.count("best reward") == 1

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/ say what the program does: commands parse, examples run, tables are the settings'."""
+"""The README and docs/ say what the program does: commands parse, examples run, tables are made of the settings."""
 
 import re
 import runpy
@@ -60,7 +60,8 @@ def test_the_readme_is_short():
 
 # The examples of docs/extending.md, as a reader would use them.
 
-EXAMPLES = dict(zip(("reward", "model", "family", "method"), re.findall(r"```python\n(.*?)```", PAGES["extending.md"], re.S)))
+CODE = re.findall(r"```python\n(.*?)```", PAGES["extending.md"], re.S)
+EXAMPLES = dict(zip(("reward", "model", "family", "method"), CODE))
 
 
 def example(name):

@@ -20,7 +20,6 @@ class Iteration:
     metrics: further columns of metrics.jsonl by name, (n,) each. A name that ends in `_min` is a minimum over images,
         the others are means.
     evaluations: rewards that are recorded only, (n,) each.
-    gallery: by image index, further images to show beside the best: a list of (caption, (3, H, W)), or empty.
     """
 
     rows: list
@@ -30,7 +29,6 @@ class Iteration:
     noise: torch.Tensor | None = None
     metrics: dict = field(default_factory=dict)
     evaluations: dict = field(default_factory=dict)
-    gallery: dict = field(default_factory=dict)
 
 
 class State:
@@ -66,6 +64,10 @@ class State:
             self.step += 1
             self.whole = True
 
+    def gallery(self):
+        """Further images to show beside each best, by image: lists of (caption, pixels (H, W, 3), uint8)."""
+        return {}
+
     def pack(self):
         """(tensors by name, a dict for JSON): all that `unpack` needs."""
         return {}, {"step": self.step, "stopped": self.stopped, "failed": self.failed}
@@ -89,7 +91,7 @@ class Method:
     name: on the command line. title: for people. prefix: of the run folders' names.
     groups: its own groups of settings, which are its flags. presets: its own defaults of shared settings.
     result: "noise" (the model's sampler turns it into the images), "image" (there is no such noise) or "weights".
-    columns: metric -> title, of its own metrics that are worth a chart.
+    columns: metric -> title, of its own metrics that are worth a chart; metrics: the names of the others.
     """
 
     name: ClassVar[str]
@@ -99,6 +101,7 @@ class Method:
     presets: ClassVar[dict] = {}
     result: ClassVar[str] = "noise"
     columns: ClassVar[dict] = {}
+    metrics: ClassVar[tuple] = ()
 
     @classmethod
     def settings_class(cls):

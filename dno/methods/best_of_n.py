@@ -18,16 +18,20 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from torch.nn.functional import avg_pool2d
 
 from dno.errors import UserError
 from dno.methods.base import Iteration, Method, State
-from dno.methods.estimation import shares
 from dno.noise import NEIGHBOUR, Split, draw_noise, keyed_generator
 from dno.regularization import probability, probability_min
 from dno.settings import Group, setting
+from dno.team import shares
 from rewards import to_uint8
 
-SHOWN = 16  # candidates on the contact sheet
+# The contact sheet: how many candidates of an image it shows, and their longer side in pixels at most.
+SHOWN, SHOWN_SIZE = 16, 384
+# Candidates without a single finite reward after which the run is given up.
+MAX_BAD_CANDIDATES = 10
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ class Candidates(Group):
 class BestOfN(Method):
     name, title, prefix = "best_of_n", "Best-of-N", "BestOfN"
     groups = (Candidates,)
-    columns = {"mean": "mean reward of the candidates", "std": "their standard deviation"}
+    metrics = ("candidate",)
+    columns = {"mean": "mean reward of the candidates", "std": "standard deviation of their rewards"}
 
     @classmethod
     def shares_work(cls, settings):
@@ -99,95 +104,100 @@ class BestOfN(Method):
         return {"candidates": f"{s.num_candidates}, {s.candidates_per_iteration} per iteration{around}{processes}"}
 
     def blank(self):
-        return Ranking(self.task.latent_shape[0])
+        return Ranking(self.settings.batch_size)
 
     def start(self):
-        """Without candidates; a search starts at the given noise, if there is one."""
         state, given = self.blank(), self.task.given_noise()
         if given is not None:
-            state.best = self._reduced(given).cpu()
+            state.pivot = self._effective(given).cpu()
         return state
 
     def iterations(self, state):
         s, task = self.settings, self.task
         while state.step < self.num_iterations and (rows := state.active):
-            searches = s.search == "neighbours" and state.best is not None
-            pivot = state.best[:, rows] if searches else torch.zeros(0)
+            ks, pivot = self._numbers(state.step), state.pivot_of(rows)
             task.team.send_task(pivot, rows, state.step)
-            ks = self._candidates_of(state.step)
             images, losses, rewards = self._try(pivot, rows, ks)
-            # A reward that is not finite never wins.
-            best = losses.nan_to_num(nan=torch.inf, neginf=torch.inf).argmin(dim=1)
-            every, scores = torch.arange(len(rows)), -losses
-            finite = scores.where(scores.isfinite(), torch.nan)
-            mean = finite.nanmean(dim=1)
-            noise = torch.cat([self._candidate(pivot, r, b, ks[k]) for r, (b, k) in enumerate(zip(rows, best))], dim=1)
-            z, _ = self.split.split(noise)
-            shown = {b: state.ranked(b, ks, scores[r], images[r]) for r, b in enumerate(rows)}
+            n, scores = torch.arange(len(rows)), torch.where(losses.isfinite(), -losses, torch.nan)
+            best = losses.where(losses.isfinite(), torch.inf).argmin(dim=1)  # (n,); the first of equals
+            noise = self._candidates(pivot, rows, [(r, ks[m]) for r, m in enumerate(best)])
+            mean = scores.nanmean(dim=1)
             found = Iteration(
-                rows, images[every, best], losses[every, best], {n: v[every, best] for n, v in rewards.items()}, noise,
+                rows, images[n, best], losses[n, best], {name: all[n, best] for name, all in rewards.items()}, noise,
                 metrics={
-                    "probability": probability(z, s.subsample),
-                    "probability_min": probability_min(z, s.subsample),
+                    "probability": probability(noise, s.subsample),
+                    "probability_min": probability_min(noise, s.subsample),
                     "candidate": best + ks[0],
                     "mean": mean,
-                    "std": (finite - mean[:, None]).square().nanmean(dim=1).sqrt(),
+                    "std": (scores - mean[:, None]).square().nanmean(dim=1).sqrt(),
                 },
-                evaluations=task.evaluate(images[every, best], rows),
-                gallery={b: [(f"{k}: {score:.4g}", pixels) for score, k, pixels in shown[b]] for b in rows},
+                evaluations=task.evaluate(images[n, best], rows),
             )  # fmt: skip
             with state.changing():
-                state.take(found, shown)
+                for r, b in enumerate(rows):
+                    state.rank(b, ks, scores[r], images[r])
+                if s.search == "neighbours":
+                    state.move(rows, ks, noise)
             yield found
+            if ks.stop >= min(MAX_BAD_CANDIDATES, s.num_candidates) and not any(state.shown):
+                state.failed = True
+                raise UserError(
+                    f"none of {ks.stop} candidates had a finite reward; check the objective, or use --precision fp32"
+                )
 
     def serve(self):
         while (task := self.task.team.receive_task()) is not None:
             pivot, rows, step = task
-            self._try(pivot, rows, self._candidates_of(step))
+            self._try(pivot.cpu(), rows, self._numbers(step))
 
-    def _candidates_of(self, step):
+    def _numbers(self, step):
+        """The candidates that an iteration tries."""
         count = self.settings.candidates_per_iteration
         return range(step * count, min((step + 1) * count, self.settings.num_candidates))
 
+    @torch.no_grad()
     def _try(self, pivot, rows, ks):
-        """Images (n, M, 3, H, W), losses (n, M) and rewards by name, (n, M), of the candidates `ks` of these images.
+        """Images (n, M, 3, H, W), losses (n, M) and rewards by name, (n, M), of the M candidates `ks` of n images.
 
-        Every process renders its share, and the leader gets them all.
+        Every process renders its share, and the leader gets them all. pivot: as for `_candidates`.
         """
         task, team, size = self.task, self.task.team, self.settings.batch_per_device
-        tried = [(r, m) for r in range(len(rows)) for m in range(len(ks))]
         names = [objective.name for objective in task.objectives]
-        images = torch.zeros(len(tried), 3, *task.size, device=task.device, dtype=task.state_dtype)
-        table = torch.zeros(len(tried), 1 + len(names), device=task.device, dtype=task.state_dtype)
-        ends = shares(len(tried), team.size)
-        start, end = ends[team.rank], ends[team.rank + 1]
+        pairs = [(r, k) for r in range(len(rows)) for k in ks]
+        images = torch.zeros(len(pairs), 3, *task.size, device=task.device, dtype=task.state_dtype)
+        table = torch.zeros(len(pairs), 1 + len(names), device=task.device, dtype=task.state_dtype)
+        start, end = shares(len(pairs), team.size)[team.rank :][:2]
         for i in range(start, end, size):
-            chunk = slice(i, min(i + size, end))
-            noise = torch.cat([self._candidate(pivot, r, rows[r], ks[m]) for r, m in tried[chunk]], dim=1)
-            images[chunk], losses, rewards = self._render(noise, [rows[r] for r, _ in tried[chunk]])
-            table[chunk] = torch.stack([losses, *(rewards[name] for name in names)], dim=1).to(table)
+            part = slice(i, min(i + size, end))
+            z, of = self._candidates(pivot, rows, pairs[part]), [rows[r] for r, _ in pairs[part]]
+            images[part] = task.render(self.split.join(z, z[:0]), of)
+            losses, rewards = task.losses_or_nan(images[part], of)
+            table[part] = torch.stack([losses, *(rewards[name] for name in names)], dim=1)
         images, table = (team.sum(part).unflatten(0, (len(rows), len(ks))) for part in (images, table))
-        return images, table[..., 0], {name: table[..., 1 + i] for i, name in enumerate(names)}
+        losses, *others = table.unbind(-1)
+        return images, losses, dict(zip(names, others, strict=True))
 
-    @torch.no_grad()
-    def _render(self, noise, rows):
-        images = self.task.render(self.split.join(*self.split.split(noise)), rows)
-        return images, *self.task.losses_or_nan(images, rows)
+    def _candidates(self, pivot, rows, pairs):
+        """The noise of candidates, each (row r of n images, k): (T + 1, len(pairs), C, h, w), or with eta 0 x_T alone.
 
-    def _candidate(self, pivot, r, b, k):
-        """Candidate k of image b, row r of the pivot: (T + 1, 1, C, h, w), or with eta 0 (1, 1, C, h, w)."""
-        s, task = self.settings, self.task
-        if len(pivot) and k == 0:
-            return pivot[:, [r]].to(task.device, task.state_dtype)  # where the search starts
-        if not len(pivot):
-            return self._reduced(draw_noise([s.seed + b], s.num_steps, task.latent_shape[1:], k))
-        generator = keyed_generator(NEIGHBOUR, s.seed + b, k)
-        xi = torch.randn(s.num_steps + 1, 1, *task.latent_shape[1:], generator=generator)
-        return neighbour(pivot[:, [r]].to(task.device, task.state_dtype), self._reduced(xi), s.rho)
+        pivot: likewise, (T + 1, n, C, h, w) on the CPU, the noises to search around; without any, each is a draw.
+        """
+        s, task, noises = self.settings, self.task, []
+        shape = task.latent_shape[1:]
+        for r, k in pairs:
+            seed = s.seed + rows[r]
+            if not len(pivot):
+                noises.append(self._effective(draw_noise([seed], s.num_steps, shape, k)))
+            elif k == 0:
+                noises.append(pivot[:, [r]])  # where the search starts
+            else:
+                xi = torch.randn(s.num_steps + 1, 1, *shape, generator=keyed_generator(NEIGHBOUR, seed, k))
+                noises.append(neighbour(pivot[:, [r]], self._effective(xi), s.rho))
+        return torch.cat(noises, dim=1).to(task.device, task.state_dtype)
 
-    def _reduced(self, noise):
-        """What of the noise reaches the image, on the device."""
-        return self.split.whole(*self.split.split(noise.to(self.task.device, self.task.state_dtype)))
+    def _effective(self, noise):
+        """What of the noise reaches the image: with eta 0 x_T alone."""
+        return self.split.split(noise)[0]
 
 
 def neighbour(z, xi, rho):
@@ -196,70 +206,59 @@ def neighbour(z, xi, rho):
     z, xi: (N, B, C, h, w). rho: from 0 to 1.
     """
     moved = math.sqrt(1 - rho**2) * z + rho * xi
-    norms = [noise.flatten(2).norm(dim=2)[..., None, None, None] for noise in (z, moved)]
-    return moved * (norms[0] / norms[1].clamp(min=torch.finfo(z.dtype).tiny))
+    wanted, got = (noise.flatten(2).norm(dim=2)[..., None, None, None] for noise in (z, moved))
+    return moved * (wanted / got)
 
 
 class Ranking(State):
-    """What best-of-N keeps of B images.
+    """The candidates of B images so far.
 
-    best: the noise of the best candidate of each, (T + 1, B, C, h, w), or with eta 0 (1, B, C, h, w); None before the
-        first. scores: their rewards.
-    shown: the best `SHOWN` candidates of each image: (reward, k, pixels (H, W, 3), uint8), best first.
+    shown: the best `SHOWN` of each image, best first: (reward, k, pixels (H, W, 3), uint8).
+    pivot: the noise that a search looks around, the best so far: (T + 1, B, C, h, w), or with eta 0 (1, B, C, h, w),
+        on the CPU. None without a search, and before the first candidates of one that draws its start.
     """
 
     def __init__(self, batch):
         super().__init__(batch)
-        self.best, self.scores, self.shown = None, [-math.inf] * batch, [[] for _ in range(batch)]
+        self.shown, self.pivot = [[] for _ in range(batch)], None
 
-    def ranked(self, b, ks, scores, images):
-        """What is shown of image b when these candidates, (M, 3, H, W), are there too."""
-        new = [
-            (score, k, pixels)
-            for score, k, pixels in zip(scores.tolist(), ks, to_uint8(images))
-            if math.isfinite(score)
-        ]
-        return sorted([*self.shown[b], *new], key=lambda entry: (-entry[0], entry[1]))[:SHOWN]
+    def pivot_of(self, rows):
+        """The pivot of these images, (T + 1, n, C, h, w), or an empty tensor for none."""
+        return torch.zeros(0) if self.pivot is None else self.pivot[:, rows]
 
-    def take(self, found, shown):
-        """Keep what is better than the best so far, and what is shown by now."""
-        if self.best is None:
-            count, _, *shape = found.noise.shape
-            self.best = torch.zeros(count, len(self.stopped), *shape, dtype=found.noise.dtype)
-        for row, b in enumerate(found.rows):
-            self.shown[b], reward = shown[b], -found.losses[row].item()
-            reward = reward if math.isfinite(reward) else -math.inf
-            if reward > self.scores[b] or self.scores[b] == -math.inf:
-                self.best[:, b], self.scores[b] = found.noise[:, row], reward
+    def rank(self, b, ks, scores, images):
+        """Take in candidates of image b: their rewards (M,) and images (M, 3, H, W)."""
+        images = avg_pool2d(images, math.ceil(max(images.shape[-2:]) / SHOWN_SIZE))
+        new = [(score, k, pixels) for score, k, pixels in zip(scores.tolist(), ks, to_uint8(images), strict=True)]
+        ranked = [*self.shown[b], *(entry for entry in new if math.isfinite(entry[0]))]
+        self.shown[b] = sorted(ranked, key=lambda entry: (-entry[0], entry[1]))[:SHOWN]
+
+    def move(self, rows, ks, noise):
+        """Search around these noises (T + 1, n, C, h, w), the best of `ks`, unless an earlier candidate is better."""
+        if self.pivot is None:
+            count, _, *shape = noise.shape
+            self.pivot = torch.zeros(count, len(self.stopped), *shape, dtype=noise.dtype)
+        for r, b in enumerate(rows):
+            if not self.shown[b] or self.shown[b][0][1] in ks:
+                self.pivot[:, b] = noise[:, r]
+
+    def gallery(self):
+        return {
+            b: [(f"candidate {k}: {score:.4f}", pixels) for score, k, pixels in shown]
+            for b, shown in enumerate(self.shown)
+        }
 
     def pack(self):
         tensors, values = super().pack()
-        if self.best is not None:
-            tensors["best"] = self.best
+        if self.pivot is not None:
+            tensors["pivot"] = self.pivot
         for b, shown in enumerate(self.shown):
             if shown:
                 tensors[f"shown.{b}"] = torch.from_numpy(np.stack([pixels for *_, pixels in shown]))
-        ranks = [[entry[:2] for entry in shown] for shown in self.shown]
-        return tensors, {**values, "scores": self.scores, "ranks": ranks}
+        return tensors, {**values, "ranks": [[entry[:2] for entry in shown] for shown in self.shown]}
 
     def unpack(self, tensors, values):
         super().unpack(tensors, values)
-        self.best, self.scores = tensors.get("best"), list(values["scores"])
+        self.pivot = tensors.get("pivot")
         for b, ranks in enumerate(values["ranks"]):
             self.shown[b] = [(score, k, tensors[f"shown.{b}"][i].numpy()) for i, (score, k) in enumerate(ranks)]
-
-
-@torch.no_grad()
-def best_candidates(task, count):
-    """The best of `count` draws for each image, (T + 1, B, C, h, w): what another method can start from."""
-    rows, best, best_losses = list(range(task.settings.batch_size)), None, None
-    for k in range(count):
-        noise = task.draw(candidate=k)
-        task.team.send_task(noise[:0], [], -1)  # a sign of life for those who wait for the first task
-        losses, _ = task.losses_or_nan(task.render(noise.unbind(), rows), rows)
-        losses = losses.nan_to_num(nan=torch.inf, neginf=torch.inf)  # a reward that is not finite never wins
-        if best is None:
-            best, best_losses = noise, losses
-        better = losses < best_losses
-        best[:, better], best_losses = noise[:, better], torch.minimum(losses, best_losses)
-    return best

@@ -22,7 +22,7 @@ import torch
 
 from dno.errors import UserError
 from dno.methods.gradients import Estimate, pull_back
-from dno.team import Team
+from dno.team import Team, shares
 
 
 def hybrid(work):
@@ -121,17 +121,6 @@ class Estimation:
                         f"iteration {step}: {self.bad_in_a_row} consecutive samples without a finite reward "
                         "(--max_bad_samples); mend the reward, or lower --mu or --lr"
                     )
-
-
-def shares(num_units, ranks, burden=0):
-    """Where each rank's part of `num_units` ends: rank r has units ends[r]..ends[r + 1], ends[0] = 0.
-
-    burden: what rank 0 does in addition, in units. It gets that much less than its even part, the others share the
-        rest.
-    """
-    first = num_units if ranks == 1 else max(0, round((num_units + burden) / ranks - burden))
-    rest, others = num_units - first, max(ranks - 1, 1)
-    return [0] + [first + rest * r // others for r in range(ranks)]
 
 
 def sum_of_products(samples, losses, loss, points, origin, antithetic=False):

@@ -18,7 +18,6 @@ import torch
 from dno.errors import UserError
 from dno.memory import LeanerOnDemand
 from dno.methods.base import Iteration, Method, State
-from dno.methods.best_of_n import best_candidates
 from dno.methods.estimation import ESTIMATORS, Estimation
 from dno.methods.gradients import Backpropagation
 from dno.methods.optimizers import OPTIMIZERS, PRECONDITIONERS, make_optimizer
@@ -130,7 +129,7 @@ class EstimationSettings(Group):
     )
     batch_per_device: int = setting(
         4,
-        "samples, or candidates, that one process renders at once, at most",
+        "samples that one process renders at once, at most",
         basic="samples that one process renders at once",
         changeable=True,
         least=1,
@@ -210,9 +209,7 @@ class NoiseOptimization(Method):
         """From the given noise, each image's own draw, or the best of several draws."""
         noise = self.task.given_noise()
         if noise is None:
-            noise = (
-                self.task.draw() if self.settings.best_of == 1 else best_candidates(self.task, self.settings.best_of)
-            )
+            noise = self.task.draw() if self.settings.best_of == 1 else self.task.draw_best(self.settings.best_of)
         return self._state(noise)
 
     def _state(self, noise):

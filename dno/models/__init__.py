@@ -2,6 +2,7 @@
 
 specs.py              the rows: where a model is and what it wants; names of precisions and devices
 loading.py            names to frozen models; every failure is one `UserError`
-base.py               `TextToImage` and `Conditioning`: what the families share
+conditioning.py       what the network is told besides the noisy latents
+base.py               `TextToImage`: what the families share
 stable_diffusion.py   Stable Diffusion 1.x, 2.x and XL, and turbo
 """

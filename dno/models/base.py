@@ -1,106 +1,36 @@
 """What the text-to-image families share: guidance, the border between precisions, checkpointing, adapters, the VAE.
 
 A model is `encode_prompts`, `denoise`, `decode`, `schedule` and `latent_shape`; for training also `point`, `encode` and
-`add_adapter`. A family replaces what differs: how its network is called (`_predict`, `_keywords`), guided
-(`needs_negative`, `guide`) and read (`clean_and_noise`).
+`add_adapter`. A family replaces what differs: how its network is called (`predict`, `keywords`), guided
+(`needs_negative`, `guide`) and read (`prediction_type`, `clean_and_noise`).
 """
 
 import contextlib
 import warnings
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from dno.errors import UserError
+from dno.models.conditioning import Conditioning, leaves, unwrapped
 from dno.models.quiet import quiet
 from dno.models.specs import model_spec
-
-
-@dataclass(frozen=True)
-class Shared:
-    """A value in a `Conditioning` that has no batch: the same for every row."""
-
-    value: object
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the network is told of B prompts, in its precision: keywords of its call.
-
-    positive: tensors and lists have the batch first; dicts are looked into; what has no batch is `Shared` or None.
-    negative: the same for what guidance leads away from, or None if nothing is guided.
-    `conditioning[rows]` takes these rows, which may repeat, in this order.
-    """
-
-    positive: dict
-    negative: dict | None = None
-
-    def __len__(self):
-        return _length(self.positive)
-
-    def __getitem__(self, rows):
-        rows = list(rows)
-        taken = (keywords and _map(partial(_rows, rows), keywords) for keywords in (self.positive, self.negative))
-        return Conditioning(*taken)
-
-    def negated(self):
-        """The negative keywords in the place of the positive ones."""
-        return Conditioning(self.negative)
-
-    def doubled(self):
-        """The negative rows and then the positive ones, 2 B in one batch."""
-        return Conditioning(_map(_joined, self.negative, self.positive))
-
-
-def _map(function, *values):
-    """function at each leaf of dicts of the same keys; what has no batch is the last one's, unchanged."""
-    last = values[-1]
-    if isinstance(last, dict):
-        return {key: _map(function, *(value[key] for value in values)) for key in last}
-    return last if last is None or isinstance(last, Shared) else function(*values)
-
-
-def _rows(rows, value):
-    return [value[row] for row in rows] if isinstance(value, list) else value[rows]
-
-
-def _joined(negative, positive):
-    return negative + positive if isinstance(positive, list) else torch.cat([negative, positive])
-
-
-def _leaves(value):
-    """The leaves of nested dicts that have a batch, one after the other."""
-    if isinstance(value, dict):
-        for inner in value.values():
-            yield from _leaves(inner)
-    elif value is not None and not isinstance(value, Shared):
-        yield value
-
-
-def _length(keywords):
-    return len(next(_leaves(keywords)))
-
-
-def _unwrapped(value):
-    if isinstance(value, dict):
-        return {key: _unwrapped(inner) for key, inner in value.items()}
-    return value.value if isinstance(value, Shared) else value
-
 
 # (x, network output, alpha, sigma) -> (x0, eps), by what the network predicts.
 _CLEAN_AND_NOISE = {
     "epsilon": lambda x, eps, alpha, sigma: ((x - sigma * eps) / alpha, eps),
     "v_prediction": lambda x, v, alpha, sigma: (alpha * x - sigma * v, alpha * v + sigma * x),
     "sample": lambda x, x0, alpha, sigma: (x0, (x - alpha * x0) / sigma),
+    # The velocity eps - x0 of flow matching, with alpha = 1 - sigma.
+    "flow_prediction": lambda x, v, alpha, sigma: (x - sigma * v, x + alpha * v),
 }
 
 
 class TextToImage:
     """A frozen text-to-image model, made of a diffusers pipeline. Base of the families, which define
 
-        _encode(prompts, negatives, guided, **sizes) -> (positive keywords, negative keywords or None)
+        encode_texts(prompts, negatives, guided, **sizes) -> (positive keywords, negative keywords or None)
         schedule(num_steps, height=None, width=None, timestep_spacing=None) -> Schedule
         point(timestep=None, *, sigma=None) -> Point of any noise level, by its timestep or by sigma / alpha
 
@@ -114,7 +44,8 @@ class TextToImage:
     network_part = "unet"  # name of the part that denoises
     size_conditioned = False  # whether `encode_prompts` takes sizes
     vae_obeys_force_upcast = False  # its VAE's configuration says force_upcast by default, and does well without
-    prediction_type = None  # what the network predicts: epsilon, v_prediction or sample
+    prediction_types = tuple(_CLEAN_AND_NOISE)  # what a network of this family may predict
+    prediction_type = None  # what this one does
 
     def __init__(self, pipe, name):
         """name: what the user called the model; its row in `MODELS` has its defaults. Raises UserError if the pipeline
@@ -122,14 +53,14 @@ class TextToImage:
         self.name, self.pipe, self.spec = name, pipe, model_spec(name)
         self.network, self.vae = getattr(pipe, self.network_part), pipe.vae
         self._whole = []  # networks without blocks to checkpoint, which are recomputed whole
-        self._check(pipe)
+        self.check(pipe)
         self.freeze()
 
-    def _check(self, pipe):
+    def check(self, pipe):
         """Raise UserError if the pipeline is not one of this family, or asks for what is not supported."""
-        if self.prediction_type not in _CLEAN_AND_NOISE:
+        if self.prediction_type not in self.prediction_types:
             raise UserError(
-                f"the model predicts {self.prediction_type!r}; expected one of {', '.join(_CLEAN_AND_NOISE)}"
+                f"the model predicts {self.prediction_type!r}; expected one of {', '.join(self.prediction_types)}"
             )
 
     def freeze(self):
@@ -188,7 +119,7 @@ class TextToImage:
             raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; expected one each, or one")
         self._warn_of_cuts([*prompts, *(negatives or [])] if guided else prompts)
         with quiet():
-            return Conditioning(*self._encode(prompts, negatives, guided, **sizes))
+            return Conditioning(*self.encode_texts(prompts, negatives, guided, **sizes))
 
     def _warn_of_cuts(self, prompts):
         cuts = {}  # a dict, to report each cut only once across tokenizers and images
@@ -228,47 +159,46 @@ class TextToImage:
             activations of one half only; backward, the negative half is computed once more for that.
         """
         with torch.set_grad_enabled(through_network and torch.is_grad_enabled()):
-            output = self.guide(x, point.timestep, conditioning, guidance_scale, split_guidance)
+            output = self.guide(x, point, conditioning, guidance_scale, split_guidance)
         return self.clean_and_noise(x, output, *point.levels(x))
 
-    def guide(self, x, timestep, conditioning, guidance_scale, split=False):
+    def guide(self, x, point, conditioning, guidance_scale, split=False):
         """The network's guided output for x, (B, C, h, w): classifier-free guidance.
 
         Source: Ho and Salimans 2022 (arXiv 2207.12598).
         """
         if not self.needs_negative(guidance_scale):
-            return self._predict(x, timestep, conditioning.positive)
+            return self.predict(x, point, conditioning.positive)
         if conditioning.negative is None:
             raise ValueError(f"guidance_scale is {guidance_scale}, and the negative prompt was left out (guided=False)")
         if split:
             # Backward takes the newest first: the positive half is gone when the negative one is rebuilt.
             negative = checkpoint(
-                self._predict, x, timestep, conditioning.negative, use_reentrant=False, preserve_rng_state=False
+                self.predict, x, point, conditioning.negative, use_reentrant=False, preserve_rng_state=False
             )
-            positive = self._predict(x, timestep, conditioning.positive)
+            positive = self.predict(x, point, conditioning.positive)
         else:
-            both = self._predict(torch.cat([x, x]), timestep, conditioning.doubled().positive)
+            both = self.predict(torch.cat([x, x]), point.doubled(), conditioning.doubled().positive)
             negative, positive = both.chunk(2)
         return negative + guidance_scale * (positive - negative)
 
-    def _predict(self, x, timestep, keywords):
-        """The network's output for x. timestep: a number, or a tensor whose rows are repeated to the length of x."""
-        t, keywords = self._timesteps(x, timestep), self._keywords(x, keywords)
+    def predict(self, x, point, keywords):
+        """The network's output for x (B, C, h, w), told what `Conditioning` has for these rows."""
+        t, keywords = self.timesteps(x, point.timestep), self.keywords(x, keywords)
         return self._run(self.network, lambda x: self.network(x, t, **keywords, return_dict=False)[0], x, keywords)
 
-    def _timesteps(self, x, timestep):
-        """(B,), integers as int64 and others as float32, on the device of x."""
+    def timesteps(self, x, timestep):
+        """What the network is told of a timestep: (B,), integers as int64 and others as float32, on the device of x."""
         if isinstance(timestep, torch.Tensor):
             dtype = torch.float32 if timestep.is_floating_point() else torch.int64
-            timestep = timestep.reshape(-1).to(x.device, dtype)
-            return timestep.repeat(len(x) // len(timestep))
+            return timestep.to(x.device, dtype).expand(len(x))
         # A tensor filled on the device: a Python number would be copied to it, and waited for, at every call.
         dtype = torch.float32 if isinstance(timestep, float) else torch.int64
         return torch.full((len(x),), timestep, device=x.device, dtype=dtype)
 
-    def _keywords(self, x, keywords):
-        """What the network is told besides x and timestep."""
-        return _unwrapped(keywords)
+    def keywords(self, x, keywords):
+        """The network's keywords besides x and timestep, from those of the `Conditioning`."""
+        return unwrapped(keywords)
 
     def clean_and_noise(self, x, output, alpha, sigma):
         """(x0, eps) of the network's output for x = alpha * x0 + sigma * eps, by the model's `prediction_type`.
@@ -413,7 +343,7 @@ def _in_precision_of(network, function, x, keywords):
     if network.dtype != torch.float16:
         return function(x.to(network.dtype)).to(x.dtype)
     if torch.is_grad_enabled():
-        inside = (*network.parameters(), *(leaf for leaf in _leaves(keywords) if isinstance(leaf, torch.Tensor)))
+        inside = (*network.parameters(), *(leaf for leaf in leaves(keywords) if isinstance(leaf, torch.Tensor)))
         if any(tensor.requires_grad for tensor in inside):
             raise _no_training_in_float16()
     # float16 has no room for the small gradients of an image: they cross the network at unit scale, image by image.

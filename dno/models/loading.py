@@ -19,6 +19,7 @@ FAMILIES = {family.pipeline_class: family for family in (StableDiffusion, Stable
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
+@torch.inference_mode(False)  # whose tensors no gradient could ever pass
 def load_model(
     name, dtype=torch.float32, device="cpu", variant=None, lora=None, model_config=None,
     vae=None, vae_precision="auto",

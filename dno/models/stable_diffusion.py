@@ -1,11 +1,12 @@
-"""Stable Diffusion 1.x, 2.x and XL, and the turbo models of them: a UNet on discrete, variance-preserving noise levels."""
+"""Stable Diffusion 1.x, 2.x, XL and turbo: a UNet on discrete, variance-preserving noise levels."""
 
 import warnings
 
 import torch
 
 from dno.errors import UserError
-from dno.models.base import Shared, TextToImage
+from dno.models.base import TextToImage
+from dno.models.conditioning import Shared
 from dno.models.specs import TIMESTEP_SPACINGS
 from dno.sampling import Point, Schedule
 
@@ -34,6 +35,7 @@ class StableDiffusion(TextToImage):
     pipeline_class = "StableDiffusionPipeline"
     pipeline_options = {"safety_checker": None, "requires_safety_checker": False}
     text_encoders, tokenizers = ("text_encoder",), ("tokenizer",)
+    prediction_types = ("epsilon", "v_prediction", "sample")
 
     def __init__(self, pipe, name):
         from diffusers import DDIMScheduler
@@ -46,8 +48,8 @@ class StableDiffusion(TextToImage):
         self._alpha, self._sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         _warn_of_ignored_settings(pipe.scheduler.config, self.spec)
 
-    def _check(self, pipe):
-        super()._check(pipe)
+    def check(self, pipe):
+        super().check(pipe)
         config, channels = pipe.unet.config, pipe.vae.config.latent_channels
         if config.in_channels != channels:
             raise UserError(
@@ -132,11 +134,8 @@ class StableDiffusion(TextToImage):
             return Point(nearest if own.all() else t, alpha, sigmas)
         return Point(int(t) if own else t.item(), alpha.item(), sigmas.item())
 
-    def _encode(self, prompts, negatives, guided):
-        positive, negative = self._embed(prompts, negatives, guided)
-        return {"encoder_hidden_states": positive}, negative if negative is None else {
-            "encoder_hidden_states": negative
-        }
+    def encode_texts(self, prompts, negatives, guided):
+        return [e if e is None else {"encoder_hidden_states": e} for e in self._embed(prompts, negatives, guided)]
 
     def _embed(self, prompts, negatives, guided):
         """What the pipeline's own `encode_prompt` returns, in the network's precision."""
@@ -168,8 +167,8 @@ class StableDiffusionXL(StableDiffusion):
     size_conditioned = True
     vae_obeys_force_upcast = True  # the published VAE overflows in float16
 
-    def _check(self, pipe):
-        super()._check(pipe)
+    def check(self, pipe):
+        super().check(pipe)
         config, encoders = pipe.unet.config, [getattr(pipe, part) for part in self.text_encoders]
         # The refiner has one text encoder, and an aesthetic score in the place of the target's height and width.
         if None in encoders or config.projection_class_embeddings_input_dim != (
@@ -180,7 +179,7 @@ class StableDiffusionXL(StableDiffusion):
                 "cannot make images of noise alone"
             )
 
-    def _encode(
+    def encode_texts(
         self, prompts, negatives, guided, original_size=None, crops_coords_top_left=(0, 0), target_size=None
     ):  # fmt: skip
         positive, negative, pooled, negative_pooled = self._embed(prompts, negatives, guided)
@@ -192,8 +191,8 @@ class StableDiffusionXL(StableDiffusion):
 
         return keywords(positive, pooled), None if negative is None else keywords(negative, negative_pooled)
 
-    def _keywords(self, x, keywords):
-        keywords = super()._keywords(x, keywords)
+    def keywords(self, x, keywords):
+        keywords = super().keywords(x, keywords)
         image = [side * self.scale_factor for side in x.shape[2:]]
         original, crop, target = keywords["added_cond_kwargs"]["time_ids"]
         # float32 in every precision: bfloat16 has no 1022. Filled on the device, as the timestep is.

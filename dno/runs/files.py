@@ -1,34 +1,36 @@
-"""Files that are whole or not there at all, whatever stops the process."""
+"""Atomic file writes: a file is whole, or as it was before, whenever the process stops."""
 
 import contextlib
 import errno
 import os
-
-
-def write(path, data, fsync=False):
-    """Write the bytes in place; with fsync they are on the disk itself when this returns."""
-    with open(path, "wb") as file:
-        file.write(data)
-        if fsync:
-            file.flush()
-            os.fsync(file.fileno())
+import secrets
 
 
 def write_whole(path, data, fsync=False):
-    """Write the bytes aside, to `.<name>.part`, and rename: `path` has all of them, or what it had before."""
-    aside = path.with_name(f".{path.name}.part")
+    """Write the bytes to `.<name>.<unique>.part` beside `path`, then rename it: `path` is never half written.
+
+    fsync: bytes and name are on the disk itself when this returns, and survive a power failure.
+    Two processes (or threads) that write the same file do not meet: the last to finish wins, as a whole.
+    On any exception, KeyboardInterrupt included, the part file is removed and `path` is as it was. Raises OSError.
+    """
+    # The pid alone is not unique: containers that share a folder may all have the same.
+    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
-        write(aside, data, fsync)
-        os.replace(aside, path)
+        with open(part, "xb") as file:
+            file.write(data)
+            if fsync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(part, path)
         if fsync:
             sync_folder(path.parent)
     finally:
-        with contextlib.suppress(OSError):  # the error of the writing is the one to see
-            aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error is the one to see
+            part.unlink(missing_ok=True)
 
 
 def sync_folder(folder):
-    """Bring the names in a folder to the disk itself, where the system can: Windows and some network disks cannot."""
+    """Flush the names in a folder to the disk, if the system can: Windows and some network disks cannot."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)

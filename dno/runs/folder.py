@@ -15,11 +15,10 @@ import weakref
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 from dno.errors import UserError
 from dno.models.specs import PACKAGE_ROOT
 from dno.runs.files import write_whole
+from rewards import to_uint8
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 
@@ -85,7 +84,7 @@ class Run:
             metrics = [_numbers(json.loads(line)) for line in lines]
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {error}; it belongs to the run's checkpoint") from error
-        if [line["step"] for line in metrics] != list(range(steps)):
+        if [isinstance(line, dict) and line.get("step") for line in metrics] != list(range(steps)):
             raise UserError(f"{path} has not the {steps} iterations that the checkpoint follows")
         with _disk(path):
             write_whole(path, b"".join(lines), fsync=True)
@@ -132,9 +131,8 @@ class Run:
         info = PngInfo()
         for key, value in text.items():
             info.add_itxt(key, str(value))
-        pixels = ((image.detach().float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         file = io.BytesIO()
-        Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(file, format="PNG", pnginfo=info, compress_level=4)
+        Image.fromarray(to_uint8(image[None])[0]).save(file, format="PNG", pnginfo=info, compress_level=4)
         self._write(self._picture(name, index).relative_to(self.folder), file.getvalue())
 
     def _picture(self, name, index):
@@ -162,19 +160,20 @@ class Run:
             write_whole(path, data)
 
 
-def _contact_sheet(entries, columns=4, gap=8, caption=22):
+def _contact_sheet(entries, columns=4, gap=8, caption=26, tile=192):
     """The images in rows, each over its caption, as a PNG. Small ones are enlarged by a whole factor."""
     from PIL import Image, ImageDraw, ImageFont
 
     height, width = entries[0][1].shape[:2]
-    scale = max(1, 160 // width)
+    scale = -(-tile // width)  # at least as wide as a tile, or the caption would not fit
+    kind = Image.Resampling.LANCZOS if scale <= 4 else Image.Resampling.NEAREST  # as the figures enlarge
     width, height, columns = width * scale, height * scale, min(columns, len(entries))
     rows = -(-len(entries) // columns)
     page = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + caption + gap) + gap), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(14)
     for i, (text, pixels) in enumerate(entries):
         x, y = gap + i % columns * (width + gap), gap + i // columns * (height + caption + gap)
-        page.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        page.paste(Image.fromarray(pixels).resize((width, height), kind), (x, y))
         pen.text((x + width / 2, y + height + caption / 2), text, "#222222", font, "mm")
     file = io.BytesIO()
     page.save(file, format="PNG")

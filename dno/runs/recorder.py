@@ -31,7 +31,7 @@ class Recorder:
         self.settings, self.method_class, self.checkpoint = settings, method, checkpoint
         self.screen, self.callback, self.draw = screen, callback, draw
         self.rules, self.trackers, self.signals = StopRules.of(settings), Trackers(), Signals()
-        self.metrics, self.done, self.folder, self.state, self.gallery = [], False, None, None, {}
+        self.metrics, self.done, self.folder, self.state = [], False, None, None
         self.saved = checkpoint and checkpoint.step
         self.best, self.last = [Best() for _ in range(settings.batch_size)], [{}] * settings.batch_size
 
@@ -91,7 +91,6 @@ class Recorder:
         if self.folder is not None:
             self._save(step, found, better, metrics)
         self.metrics.append(metrics)
-        self.gallery |= found.gallery
         self.peak.reset()
         self.trackers.log(metrics, found.images)
         if self.screen:
@@ -117,13 +116,12 @@ class Recorder:
             own, objectives, others = ({k: v[row] for k, v in table.items()} for table in (columns, named, watched))
             self.last[b] = {"reward": rewards[row], **own, **objectives, **others}
             is_best, why = self.best[b].observe(step, rewards[row], own.get("probability"), self.rules)
-            noise = None if found.noise is None else found.noise[:, row].detach()
             if is_best:
-                noise = None if noise is None else noise.clone()
-                self.best[b] = Best(rewards[row], step, found.images[row].clone(), noise)
+                self.best[b] = Best(rewards[row], step, found.images[row].clone())
                 better.append(row)
-            elif self.best[b].step is None:
-                self.best[b].noise = noise  # of an image without a finite reward so far, the newest
+            if found.noise is not None and (is_best or self.best[b].step is None):
+                # An image without a finite reward so far has its newest.
+                self.best[b].noise = found.noise[:, row].detach().clone()
             if why:
                 self.state.stop(b, why)
         return better
@@ -240,7 +238,7 @@ class Recorder:
         self.trackers.finish()
         if self.folder is not None:
             if self.metrics:
-                for b, entries in self.gallery.items():
+                for b, entries in (self.state.gallery() if self.state else {}).items():
                     self.folder.save_gallery(entries, b)
                 if self.draw and self.settings.draw:
                     self.draw(self.folder.folder)
@@ -282,7 +280,7 @@ class Recorder:
                 "weights": {objective.name: objective.weight for objective in task.objectives},
                 "watched": [evaluation.name for evaluation in task.evaluations],
             },
-            "reward_files": [*task.loss.files, *(task.evaluation.files if task.evaluation else ())],
+            "reward_files": _once([*task.loss.files, *(task.evaluation.files if task.evaluation else ())]),
         }  # fmt: skip
 
 
@@ -291,3 +289,8 @@ def _reduce(name, values):
     if not finite:
         return math.nan
     return min(finite) if name.endswith("_min") else statistics.fmean(finite)
+
+
+def _once(entries):
+    """The entries, dicts, without those that stand there already."""
+    return [entry for i, entry in enumerate(entries) if entry not in entries[:i]]

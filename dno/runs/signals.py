@@ -19,7 +19,9 @@ class Signals:
     def hold(self):
         if self.before is None and threading.current_thread() is threading.main_thread():
             self.received.clear()
-            self.before = [signal.signal(number, self._receive) for number in NUMBERS]
+            # One whose handler is not Python's (None) could not be given back.
+            known = [number for number in NUMBERS if signal.getsignal(number) is not None]
+            self.before = {number: signal.signal(number, self._receive) for number in known}
 
     def _receive(self, number, frame):
         self.received.append((number, frame))
@@ -27,9 +29,10 @@ class Signals:
     def release(self):
         if self.before is None:
             return
-        handlers, self.before = dict(zip(NUMBERS, self.before)), None
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        handlers, self.before = self.before, None
+        with contextlib.ExitStack() as stack:  # all of them, even if a signal comes in between
+            for number, handler in handlers.items():
+                stack.callback(signal.signal, number, handler)
         for number, frame in self.received[:1]:
             if callable(handlers[number]):
                 handlers[number](number, frame)

@@ -1,14 +1,18 @@
-"""Experiment trackers, through accelerate; one that fails is a warning and no more."""
+"""Experiment trackers, through accelerate. One that fails is dropped with a warning; the run continues."""
 
 import math
 import warnings
 
+from rewards import to_uint8
+
 
 class Trackers:
-    """Sends a run's metrics and images to trackers by name.
+    """Sends the metrics and images of a run to experiment trackers.
 
-    names: of accelerate's trackers, such as "tensorboard"; folder: the run's; config: its resolved settings.
-    images_every: images go with every n-th iteration.
+    names: accelerate's names, such as "tensorboard".
+    folder: the run folder; None if no tracker writes files.
+    config: what args.json says, sent once as hyperparameters: the dicts `settings` and `resolved` are merged into one.
+    images_every: images are sent with every n-th iteration.
     """
 
     def __init__(self, names=(), folder=None, config=None, images_every=10):
@@ -18,7 +22,10 @@ class Trackers:
                 self.trackers[name] = _start(name, folder, config)
 
     def log(self, metrics, images):
-        """metrics: a line of metrics.jsonl. images: (B, 3, H, W) in [-1, 1]."""
+        """Send the finite numbers of an iteration, and its images if it is their turn.
+
+        metrics: a line of metrics.jsonl, as a dict. images: (B, 3, H, W) in [-1, 1].
+        """
         step = metrics["step"]
         numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v) and k != "step"}
         for name, tracker in list(self.trackers.items()):
@@ -28,6 +35,7 @@ class Trackers:
                     _send_images(tracker, images, step)
 
     def finish(self):
+        """Close all trackers, so that what they hold back is sent."""
         for name, tracker in list(self.trackers.items()):
             with self._harmless(name):
                 tracker.finish()
@@ -56,19 +64,26 @@ def _start(name, folder, config):
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    PartialState()  # where the trackers look for the process they are in
+    PartialState()  # the trackers ask it which process they are in
     kind = LOGGER_TYPE_TO_CLASS[name]
     tracker = kind("dno", logging_dir=str(folder)) if kind.requires_logging_directory else kind("dno")
-    tracker.main_process_only = False  # a process that is not the main one may have a run of its own
+    tracker.main_process_only = False  # in a sweep, each process has its own run
     tracker.start()
-    plain = {k: v if isinstance(v, str | int | float | bool) else str(v) for k, v in config.items()}
-    tracker.store_init_configuration(plain)
+    tracker.store_init_configuration(_flat(config))
     return tracker
 
 
+def _flat(config):
+    """One dict of texts and numbers. What was resolved is shown where it differs from what was asked for."""
+    nested = ("settings", "resolved")
+    flat = {name: value for name, value in config.items() if name not in nested}
+    for name in nested:
+        flat |= config.get(name, {})
+    return {name: value if isinstance(value, str | int | float | bool) else str(value) for name, value in flat.items()}
+
+
 def _send_images(tracker, images, step):
-    pixels = ((images.detach().float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
-    pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    pixels = to_uint8(images)  # (B, H, W, 3)
     if tracker.name == "tensorboard":
         tracker.log_images({"images": pixels}, step=step, dataformats="NHWC")
     elif tracker.name == "trackio":  # accelerate has no log_images for it

@@ -29,17 +29,19 @@ def launch(rank_server, tmp_path, tiny_folder):
 
     The runs are of the tiny model unless the flags say otherwise. during: called with the process ids of the ranks.
     environment: variables to change; None removes one.
+    only: what `dno.cli.main` is called with, instead of the defaults here.
     """
     if sys.platform == "win32":
         pytest.skip("ranks are forked")
 
-    def launch(size, flags, during=None, environment=None, **defaults):
+    def launch(size, flags, during=None, environment=None, only=None, **defaults):
         settings = {
             "prefix": "SD-NoGrad", "estimator": "hybrid", "model": str(tiny_folder), "num_steps": 3, "opt_steps": 3,
-            "objective": ("contrast",), "num_samples": 6, "save_every": 100, "checkpointing_steps": 1, "draw": False, **defaults,
+            "objective": ("contrast",), "num_samples": 6, "save_every": 100, "checkpointing_steps": 1,
+            "draw": False, **defaults,
         }  # fmt: skip
         request = {
-            "size": size, "flags": flags.split(), "cwd": str(tmp_path), "defaults": settings,
+            "size": size, "flags": flags.split(), "cwd": str(tmp_path), "defaults": only or settings,
             "environment": environment or {},
         }  # fmt: skip
         rank_server.stdin.write(json.dumps(request) + "\n")

@@ -100,8 +100,8 @@ def entry_of(name, text):
 @pytest.mark.parametrize("method", METHODS)
 def test_help_all_names_every_flag_and_reward_and_the_commands(method):
     text = full_help(method_class(method))
-    names = [f.name for f in fields(method_class(method).settings_class()) if f.name not in ("reward_paths", "draw")]
-    for name in [*names, "no-draw", *(model.setting for model in MODELS.values()), *cli.RUN_FLAGS, "help_all"]:
+    names = [f.name for f in fields(method_class(method).settings_class()) if f.name != "reward_paths"]
+    for name in [*names, *(model.setting for model in MODELS.values()), *cli.RUN_FLAGS, "help_all"]:
         assert len(entry_of(name, text)) > len(name) + 10
     assert all(name in text for name in RFUNCTIONS) and "jpeg (no gradient)" in " ".join(text.split())
     assert "python script.py --prompt x" in text and "FILE.py:FUNCTION" in text and "exit codes: 0 done" in text
@@ -113,13 +113,14 @@ def test_help_all_names_every_flag_and_reward_and_the_commands(method):
 def test_help_all_says_a_default_once(method):
     cls, text = method_class(method).settings_class(), full_help(method_class(method))
     for f in fields(cls):
-        if f.name in ("reward_paths", "draw"):
+        if f.name == "reward_paths":
             continue
         entry = entry_of(f.name, text)
         shown = re.findall(r" \[([^\]]+)\]$", entry)
         assert entry.count("default") + len(shown) <= 1, entry
         if f.default not in (None, False, ()) and "default" not in entry:
             expected = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
+            expected = "on" if f.default is True else expected
             assert shown == [expected], entry
     if method == "dno":
         assert "has seed + b [0]" in text and "0 = none [0.0]" in text, "a default of 0 is a default too"
@@ -127,7 +128,8 @@ def test_help_all_says_a_default_once(method):
 
 def test_help_shows_a_scripts_own_defaults():
     text = full_help(presets={"lr": 0.5, "objective": ("white", "black"), "draw": False, "split_guidance": True})
-    assert entry_of("lr", text).endswith("[0.5]") and "--draw " in text and "--no-split_guidance " in text
+    assert entry_of("lr", text).endswith("[0.5]") and "--no-draw" not in text
+    assert "--split_guidance, --no-split_guidance" in text and "--draw, --no-draw" in full_help()
     brief = build_parser(DNO, DESCRIPTION, {"objective": ("white", "black")}).format_help()
     assert entry_of("objective", brief).endswith("[white black]")
 
@@ -195,8 +197,9 @@ def test_paths_of_reward_models_are_one_setting():
 
 
 @pytest.mark.parametrize(
-    "flags", ["--num_steps ten", "--lr", "--no-lr", "--patience never", "--help_al", "--precision fp8", "--objective", "--no_such_flag 1", "--obj white", "stray"]
-)
+    "flags", ["--num_steps ten", "--lr", "--no-lr", "--patience never", "--help_al", "--precision fp8", "--objective",
+              "--no_such_flag 1", "--obj white", "stray"],
+)  # fmt: skip
 def test_flags_that_cannot_be_read(call, tmp_path, flags):
     code, _, err = call(flags)
     assert code == 2 and err.splitlines()[-1].startswith("script.py: error:") and no_folder(tmp_path)
@@ -320,7 +323,8 @@ def test_flags_reach_the_model(call, loads, tiny_folder):
         raise cli.UserError(repr((args, kwargs)))
 
     loads(load)
-    _, _, err = call(f"--precision bf16 --variant abc --lora x:0.5 --model_config {tiny_folder} --vae {tiny_folder}/vae")
+    where = f"--model_config {tiny_folder} --vae {tiny_folder}/vae"
+    _, _, err = call(f"--precision bf16 --variant abc --lora x:0.5 {where}")
     for value in (str(tiny_folder), torch.bfloat16, torch.device("cpu"), "abc", "x:0.5", f"{tiny_folder}/vae", "auto"):
         assert repr(value) in err and err.count("\n") == 1
 

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # From the top of the house to its foundation; README's table says what is in each.
 ROOMS = (
-    "__main__", "cli", "sweep", "alignment", "resume", "report", "runs", "methods", "task", "settings", "models",
-    "objectives", "team", "memory", "regularization", "noise", "sampling", "errors",
+    "__main__", "cli", "sweep", "alignment", "resume", "report", "runs", "methods", "task", "settings", "team",
+    "models", "objectives", "memory", "regularization", "noise", "sampling", "errors",
 )  # fmt: skip
 FILES = [path for path in (ROOT / "dno").rglob("*.py") if path != ROOT / "dno" / "__init__.py"]
 

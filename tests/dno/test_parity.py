@@ -1,4 +1,4 @@
-"""Stored results of the official implementation, on the same pipeline with the same flags: `python -m pytest -m golden`.
+"""Stored results of the official code, on the same pipelines with the same flags: `python -m pytest -m golden`.
 
 They are read from the folder that the environment variable DNO_GOLDEN names, or else from tests/golden; what is not in
 the folder is skipped.

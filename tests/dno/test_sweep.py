@@ -1,4 +1,4 @@
-"""Several runs with one command: each as if alone, shared out, and gone on with after a stop."""
+"""Several runs with one command: each as if alone, shared out, and resumed after a stop."""
 
 import json
 import os
@@ -52,12 +52,12 @@ def test_each_run_is_as_if_alone_on_one_process_or_two(launch, tmp_path, prompts
     assert torch.equal(*noises)
 
 
-def test_what_is_finished_is_skipped_and_what_was_begun_goes_on(launch, tmp_path, prompts):
+def test_what_is_finished_is_skipped_and_what_was_begun_is_resumed(launch, tmp_path, prompts):
     flags = "--prompts prompts.txt --opt_steps 12 --lr 0.01"
 
     def stop(pids):
         began = time.monotonic()
-        while not list((tmp_path / "output").glob("*/red*/checkpoints/00000[4-9]")):
+        while not list((tmp_path / "output").glob("*/red*/checkpoints/00000[4-9].safetensors")):
             assert time.monotonic() - began < 60
             time.sleep(0.01)
         os.kill(pids[0], signal.SIGKILL)
@@ -82,7 +82,8 @@ def test_the_estimated_gradient_shares_out_samples(launch, tmp_path, prompts):
     results = launch(2, "--prompts prompts.txt")
     assert [code for code, *_ in results] == [0, 0], results
     assert len(rows_of(tmp_path)) == 3
-    assert json.loads(next(folder_of(tmp_path).glob("red*/args.json")).read_text())["processes"] == 2
+    args = json.loads(next(folder_of(tmp_path).glob("red*/args.json")).read_text())
+    assert args["resolved"]["processes"] == 2 and args["settings"]["prompt"] == "red car"
 
 
 def test_a_run_that_fails_is_noted_and_tried_again(launch, tmp_path, prompts):
@@ -102,14 +103,14 @@ def test_a_run_that_fails_is_noted_and_tried_again(launch, tmp_path, prompts):
     assert code == 0 and "failed" not in rows_of(tmp_path)[1], err
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_starts_anew(launch, tmp_path, prompts):
+def test_a_run_whose_checkpoints_are_all_damaged_starts_over(launch, tmp_path, prompts):
     assert launch(1, "--prompts prompts.txt", **GRADIENT)[0][0] == 0
     car = next(folder_of(tmp_path).glob("red*"))
     (car / "result.json").unlink()
-    for path in car.glob("checkpoints/*/state.json"):
-        path.write_text("")
+    for path in car.glob("checkpoints/*.safetensors"):
+        path.write_bytes(b"")
     code, out, err = launch(1, "--prompts prompts.txt", **GRADIENT)[0]
-    assert code == 0 and "it starts anew" in err and "2/3  'red car'" in out and "1/3" not in out
+    assert code == 0 and "it starts over" in err and "2/3  'red car'" in out and "1/3" not in out
 
 
 def test_a_rank_that_stalls_ends_the_others(launch, tmp_path, prompts):
@@ -125,6 +126,41 @@ def test_a_rank_that_stalls_ends_the_others(launch, tmp_path, prompts):
     assert "rank 1 gave no sign of life for 4 seconds" in results[0][2], results
 
 
+def test_one_sweep_of_two_methods_is_two_sweeps(tmp_path, tiny_folder, prompts):
+    """And from Python it is the same as from the command line."""
+    from dno.methods import method_class
+    from dno.sweep import sweep
+    from dno.team import Team
+
+    settings = {"model": str(tiny_folder), "num_steps": 3, "output": tmp_path / "output", "draw": False, "seed": 5}
+    rows = {}
+    for name, more in (("dno", {"opt_steps": 2}), ("best_of_n", {"num_candidates": 4}), ("dno", {"opt_steps": 3})):
+        method = method_class(name)
+        count = len(list((tmp_path / "output").glob("*")))
+        rows[name] = sweep(method, settings | more, tmp_path / "prompts.txt", None, method.prefix, Team())
+        assert len(list((tmp_path / "output").glob("*"))) == count + 1
+        assert [row["prompt"] for row in rows[name]] == ["white duck", "red car", "green | tree"]
+        assert all(row["best"] >= row["first"] for row in rows[name])
+    assert {row["folder"] for row in rows["dno"]} == {row["folder"] for row in rows["best_of_n"]}
+    best_of_n = next((tmp_path / "output").glob("BestOfN-sweep-*"))
+    assert json.loads((best_of_n / "args.json").read_text())["method"] == "best_of_n"
+    settings["num_candidates"] = 4
+    again = sweep(method_class("best_of_n"), settings, tmp_path / "prompts.txt", None, "BestOfN", Team())
+    assert again == rows["best_of_n"], "all of it was there"
+
+
+def test_a_callback_that_returns_true_ends_each_run(tmp_path, tiny_folder, prompts):
+    from dno.methods import method_class
+    from dno.sweep import sweep
+    from dno.team import Team
+
+    settings = {"model": str(tiny_folder), "num_steps": 3, "output": tmp_path / "output", "draw": False}
+    rows = sweep(
+        method_class("dno"), settings, tmp_path / "prompts.txt", [1, 2], "SD", Team(), lambda line: line["step"] == 1
+    )
+    assert [row["iterations"] for row in rows] == [2] * 6
+
+
 def test_trackers_follow_every_rank(launch, tmp_path):
     pytest.importorskip("tensorboard")
     assert [code for code, *_ in launch(2, "--seeds 1 2 --report_to tensorboard", **GRADIENT)] == [0, 0]
@@ -136,7 +172,8 @@ def test_trackers_follow_every_rank(launch, tmp_path):
     [
         ("--prompts missing.txt", "missing.txt cannot be read"),
         ("--prompts empty.txt", "empty.txt has no prompt in it"),
-        ("--seeds 1 2 --resume output/x", "--resume goes on with one run"),
+        ("--seeds 1 2 --resume output/x", "--resume is for one run"),
+        ("--seeds 1 2 --noise empty.txt", "leave --noise out"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, tiny_folder, flags, words):

@@ -5,13 +5,15 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dno.errors import UserError
 from dno.noise import load_noise
 from dno.runs.checkpoints import load_newest
-from dno.team import join_team
+from dno.team import join_team, shares
 
 
 def only_run(tmp_path, output="output"):
@@ -172,7 +174,7 @@ def check_ended(results, tmp_path, words, codes=None):
 def test_a_rank_that_raises(launch, tmp_path, reward):
     flags = reward("raise ValueError('the service is gone')")
     results = launch(2, f"{flags} --max_bad_samples 4 --timeout 30")
-    check_ended(results, tmp_path, "4 samples in a row without a finite reward")
+    check_ended(results, tmp_path, "4 consecutive samples without a finite reward")
     assert "rank 1: the reward 'fickle' failed: ValueError: the service is gone (reward.py:" in results[1][2]
 
 
@@ -195,7 +197,7 @@ def test_a_rank_that_is_killed(launch, tmp_path, reward):
     flags, began = reward("pass"), time.monotonic()
 
     def kill(pids):
-        while not any((tmp_path / "output").glob("*/checkpoints/000002")):
+        while not any((tmp_path / "output").glob("*/checkpoints/000002.safetensors")):
             assert time.monotonic() - began < 60
             time.sleep(0.01)
         os.kill(pids[1], signal.SIGKILL)
@@ -240,3 +242,114 @@ def test_a_leader_who_tries_many_starts_is_not_taken_for_stalled(launch, tmp_pat
         (tmp_path / "reward.py").read_text().replace("return -images", "time.sleep(0.7)\n        return -images")
     )
     assert [code for code, *_ in launch(2, f"{flags} --best_of 14 --timeout 8 --num_samples 2")] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("units", "ranks", "burden", "expected"),
+    [
+        (16, 1, 3, [16]),
+        (16, 2, 3, [6, 10]),  # 6 + 3 against 10
+        (16, 2, 0, [8, 8]),
+        (16, 4, 3, [2, 4, 5, 5]),
+        (3, 4, 3, [0, 1, 1, 1]),
+        (2, 4, 3, [0, 0, 1, 1]),
+    ],
+)
+def test_shares_are_even_and_the_first_process_gets_fewer(units, ranks, burden, expected):
+    ends = shares(units, ranks, burden)
+    assert [b - a for a, b in zip(ends, ends[1:])] == expected and ends[-1] == units
+
+
+# Best-of-N, whose processes share the candidates.
+
+CANDIDATES = {
+    "method": "best_of_n", "prefix": "BestOfN", "num_steps": 3, "objective": ("contrast",), "num_candidates": 14,
+    "candidates_per_iteration": 5, "batch_per_device": 2, "checkpointing_steps": 1, "draw": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def search(launch, tiny_folder):
+    """search(size, flags, during=None): best-of-N on so many processes, as `launch` does it."""
+
+    def search(size, flags, during=None):
+        return launch(size, flags, during, only={"model": str(tiny_folder), **CANDIDATES})
+
+    return search
+
+
+def check_same_candidates(one, other):
+    """The same best noise bit for bit; images, rewards and ranking as far as batches of another size let them."""
+    assert torch.equal(load_noise(one), load_noise(other))
+    lines, others = metrics_of(one), metrics_of(other)
+    assert len(lines) == len(others)
+    for name in ("reward", "mean", "std", "probability", "candidate"):
+        assert [line[name] for line in others] == pytest.approx([line[name] for line in lines], abs=1e-4), name
+    for a in one.rglob("*.png"):
+        with Image.open(a) as x, Image.open(other / a.relative_to(one)) as y:
+            assert np.abs(np.asarray(x, dtype=int) - np.asarray(y, dtype=int)).max() <= 1, a
+    ranks, others = (load_newest(folder).state["state"]["ranks"] for folder in (one, other))
+    assert [[k for _, k in image] for image in ranks] == [[k for _, k in image] for image in others]
+
+
+@pytest.mark.parametrize("flags", ["--batch_size 2", "--search neighbours --eta 0"])
+def test_one_two_and_three_processes_find_the_same_candidates(search, tmp_path, flags):
+    for size in (1, 2, 3):
+        for rank, (code, out, err) in enumerate(search(size, f"{flags} --output {size}")):
+            assert code == 0 and (out == "") == (rank > 0), err
+    one, two, three = (only_run(tmp_path, str(size)) for size in (1, 2, 3))
+    assert (one / "gallery.png").is_file()
+    check_same_candidates(one, two)
+    check_same_candidates(one, three)
+
+
+def test_more_processes_than_candidates(search, tmp_path):
+    flags = "--num_candidates 3 --candidates_per_iteration 1"
+    assert [code for size in (1, 3) for code, *_ in search(size, f"{flags} --output {size}")] == [0] * 4
+    check_same_candidates(only_run(tmp_path, "1"), only_run(tmp_path, "3"))
+
+
+def test_candidates_of_a_rank_that_fails_once_are_lost(search, tmp_path, reward):
+    flags = reward("raise ValueError('the service is gone')").replace("--opt_steps 100", "--num_candidates 40")
+    results = search(2, flags)
+    assert [code for code, *_ in results] == [0, 0], results
+    assert "rank 1: the reward 'fickle' failed: ValueError: the service is gone" in results[1][2]
+    assert len(metrics_of(only_run(tmp_path))) == 8
+
+
+def many(flags):
+    return flags.replace("--opt_steps 100", "--num_candidates 100000")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return None", "rank 1 failed: error: the reward 'fickle' returned NoneType"),
+        ("sys.exit(7)", "rank 1 failed: SystemExit: 7"),
+        ("os._exit(3)", "error: rank 1 "),
+    ],
+)
+def test_a_rank_that_fails_while_candidates_are_tried(search, tmp_path, reward, body, words):
+    check_ended(search(2, f"{many(reward(body))} --timeout 30"), tmp_path, words)
+
+
+def test_a_rank_that_stalls_while_candidates_are_tried(search, tmp_path, reward):
+    began = time.monotonic()
+    results = search(2, f"{many(reward('time.sleep(1000)'))} --timeout 6")
+    check_ended(results, tmp_path, "rank 1 did not answer within 6 seconds")
+    assert time.monotonic() - began < 40
+
+
+@pytest.mark.parametrize("flags", ["", "--search neighbours"])
+def test_a_rank_that_is_killed_and_the_run_resumed_on_another_number_of_processes(search, tmp_path, reward, flags):
+    flags = f"{flags} {reward('os.path.exists(chr(109)) or os.kill(os.getpid(), signal.SIGKILL)')}"
+    flags = flags.replace("--opt_steps 100", "--num_candidates 40")
+    check_ended(search(2, f"{flags} --timeout 30"), tmp_path, "rank 1 ")
+    folder = only_run(tmp_path)
+    done = len(metrics_of(folder))
+    assert 1 <= done < 8
+    (tmp_path / "m").touch()
+    for code, _, err in search(3, f"--resume {folder}"):
+        assert code == 0, err
+    assert [code for code, *_ in search(1, f"{flags} --output whole")] == [0]
+    check_same_candidates(only_run(tmp_path, "whole"), folder)

@@ -85,6 +85,17 @@ def test_errors_are_one_line(picture_files, tmp_path, capsys):
     assert left.value.code == 2
 
 
+def test_a_reward_whose_library_is_missing_is_one_line(picture_files, tmp_path, monkeypatch, capsys):
+    """As without the extra `rewards`."""
+    (tmp_path / "HPS_v2_compressed.pt").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    flags = ["--reward", "hps", "--hps_path", str(tmp_path)]
+    assert main(["score", *flags, str(picture_files / "0.png")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: this reward needs open_clip") and error.endswith("pip install open_clip_torch")
+    assert "\n" not in error
+
+
 def test_it_runs_as_a_module_and_lists_the_rewards():
     done = subprocess.run([sys.executable, "-m", "rewards", "list"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""

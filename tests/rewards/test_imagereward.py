@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as tv
-from torchvision.transforms import InterpolationMode
 
 import rewards
+
+transforms = pytest.importorskip("torchvision.transforms.v2", reason="the extra `rewards` is not installed")
+tv, InterpolationMode = transforms.functional, transforms.InterpolationMode
 
 IDS = {"a white duck": [2, 5, 6, 8, 3], "red ducks, on a car.": [2, 7, 8, 9, 12, 10, 5, 13, 11, 3]}
 

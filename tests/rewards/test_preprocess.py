@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-import torchvision.transforms as T
 from PIL import Image
 
 from rewards import preprocess
+
+T = pytest.importorskip("torchvision.transforms", reason="the extra `rewards` is not installed")
 
 SHAPES = [(64, 64), (224, 224), (512, 512), (300, 500), (832, 1216), (100, 40), (225, 224)]
 

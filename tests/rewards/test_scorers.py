@@ -6,10 +6,11 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as tv
-from torchvision.transforms import InterpolationMode
 
 import rewards
+
+transforms = pytest.importorskip("torchvision.transforms.v2", reason="the extra `rewards` is not installed")
+tv, InterpolationMode = transforms.functional, transforms.InterpolationMode
 
 PROMPTS = ["a white duck", "red car, on a hill!"]
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]

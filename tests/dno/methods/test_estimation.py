@@ -6,28 +6,28 @@ import pytest
 import torch
 
 from dno.errors import UserError
-from dno.methods.estimation import ESTIMATORS, Estimation, shares
+from dno.methods.estimation import ESTIMATORS, Estimation
 from dno.methods.gradients import Backpropagation
 from dno.noise import keyed_generator
 
 NOISES, SHAPE = 3, (2, 4, 4)
-FREE = slice(0, NOISES)
+NONE = torch.zeros(0, 3, *SHAPE, dtype=torch.float64)  # no frozen noise, of up to three images
 
 
 def draw(image, step, index, shape):
     return torch.randn(shape, generator=keyed_generator(9, image, step, index), dtype=torch.float64)
 
 
-def linear_map(noises, images):
+def linear_map(z, rest, images):
     """M(z): a fixed, ill-conditioned linear map of all noises to pixels (B, 3, 4, 4), a little different by image."""
     matrix = torch.randn(48, NOISES * 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     matrix = matrix * torch.logspace(0, -1, NOISES * 32, dtype=torch.float64)
-    flat = torch.stack(list(noises), dim=1).flatten(1)
+    flat = torch.cat([z, rest]).transpose(0, 1).flatten(1)
     return (flat @ matrix.T + torch.tensor(images).view(-1, 1)).view(-1, 3, 4, 4)
 
 
-def curved_map(noises, images):
-    return torch.tanh(0.3 * linear_map(noises, images))
+def curved_map(z, rest, images):
+    return torch.tanh(0.3 * linear_map(z, rest, images))
 
 
 def linear_loss(pixels, images):
@@ -36,9 +36,10 @@ def linear_loss(pixels, images):
     return losses, {"linear": -losses.detach()}
 
 
-def estimation(estimator, render=linear_map, loss=linear_loss, free=FREE, **options):
-    options = {"mu": 0.01, "num_samples": 64, "draw": draw, **options}
-    return Estimation(render, loss, free, estimator, **options)
+def estimation(estimator, render=linear_map, loss=linear_loss, **options):
+    """A source for noises that are all free, (z, rows, step) -> Estimate."""
+    source = Estimation(render, loss, estimator, **{"mu": 0.01, "num_samples": 64, "draw": draw, **options})
+    return lambda z, rows, step=0: source(z, NONE[:, : len(rows)], rows, step)
 
 
 def start(batch=1):
@@ -54,7 +55,7 @@ def cosine(a, b):
 def test_it_converges_to_the_true_direction_of_a_linear_reward(estimator, antithetic):
     """In D dimensions the cosine after q samples is about sqrt(q / (q + D)): 48 pixels, 96 noise values."""
     noise = start()
-    true = Backpropagation(linear_map, linear_loss, FREE)(noise, [0]).gradient
+    true = Backpropagation(linear_map, linear_loss)(noise, NONE[:, :1], [0]).gradient
     found = {}
     for q in (16, 2048):
         estimate = estimation(estimator, num_samples=q, antithetic=antithetic)(noise, [0])
@@ -66,11 +67,11 @@ def test_the_hybrid_gradient_converges_to_the_true_direction_through_the_models_
     """Where the Jacobian is orthogonal, J J^T = 1 and the expectation is the true gradient."""
     orthogonal = torch.linalg.qr(torch.randn(96, 96, generator=torch.Generator().manual_seed(0)).double())[0][:48]
 
-    def render(noises, images):
-        return (torch.stack(list(noises), dim=1).flatten(1) @ orthogonal.T).view(-1, 3, 4, 4)
+    def render(z, rest, images):
+        return (z.transpose(0, 1).flatten(1) @ orthogonal.T).view(-1, 3, 4, 4)
 
     noise = start()
-    true = Backpropagation(render, linear_loss, FREE)(noise, [0]).gradient
+    true = Backpropagation(render, linear_loss)(noise, NONE[:, :1], [0]).gradient
     assert cosine(estimation("hybrid", render, num_samples=2048)(noise, [0]).gradient, true) > 0.95
     assert cosine(estimation("hybrid", render, num_samples=16)(noise, [0]).gradient, true) < 0.8
 
@@ -80,16 +81,16 @@ def test_the_hybrid_gradient_is_that_of_the_mean_product():
     noise = start(2)
     source = estimation("hybrid", curved_map, num_samples=5, batch_size=3, mu=0.1)
     got = source(noise, [1, 4], step=7)
-    x, losses = curved_map(noise, [1, 4]), linear_loss(curved_map(noise, [1, 4]), None)[0]
+    x, losses = curved_map(noise, NONE[:, :2], [1, 4]), linear_loss(curved_map(noise, NONE[:, :2], [1, 4]), None)[0]
     g = torch.zeros_like(x)
     for b, image in enumerate((1, 4)):
         for j in range(5):
             moved = noise[:, b : b + 1] + 0.1 * draw(image, 7, j, noise[:, b].shape).unsqueeze(1)
-            pixels = curved_map(moved, [image])
+            pixels = curved_map(moved, NONE[:, :1], [image])
             g[b] += (linear_loss(pixels, None)[0] - losses[b]) * (pixels[0] - x[b]) / 0.1**2 / 5
     g /= g.flatten(1).norm(dim=1).view(-1, 1, 1, 1) + 1e-3
     leaf = noise.clone().requires_grad_()
-    (expected,) = torch.autograd.grad((g * curved_map(leaf, [1, 4])).sum(), leaf)
+    (expected,) = torch.autograd.grad((g * curved_map(leaf, NONE[:, :2], [1, 4])).sum(), leaf)
     torch.testing.assert_close(got.gradient, expected)
     torch.testing.assert_close(got.images, x)
     torch.testing.assert_close(got.losses, losses)
@@ -99,20 +100,20 @@ def test_the_hybrid_gradient_is_that_of_the_mean_product():
 def test_zeroth_order_is_the_mean_of_slopes():
     noise = start()
     got = estimation("zo", curved_map, num_samples=4, mu=0.1)(noise, [0], step=2)
-    loss = linear_loss(curved_map(noise, [0]), None)[0]
+    loss = linear_loss(curved_map(noise, NONE[:, :1], [0]), None)[0]
     expected = torch.zeros_like(noise)
     for j in range(4):
         xi = draw(0, 2, j, noise[:, 0].shape).unsqueeze(1)
-        expected += (linear_loss(curved_map(noise + 0.1 * xi, [0]), None)[0] - loss) / 0.1 * xi / 4
+        expected += (linear_loss(curved_map(noise + 0.1 * xi, NONE[:, :1], [0]), None)[0] - loss) / 0.1 * xi / 4
     torch.testing.assert_close(got.gradient, expected)
 
 
 def test_the_image_is_perturbed_without_sampling():
     calls = []
 
-    def render(noises, images):
+    def render(z, rest, images):
         calls.append(len(images))
-        return linear_map(noises, images)
+        return linear_map(z, rest, images)
 
     estimation("hybrid_image", render)(start(), [0])
     assert calls == [1]
@@ -123,7 +124,7 @@ def test_the_image_is_perturbed_without_sampling():
 def test_pairs_take_out_the_even_orders():
     """For an even loss around the noise itself the true slope is 0: pairs find exactly that, single samples do not."""
     noise = start()
-    centre = linear_map(noise, [0])
+    centre = linear_map(noise, NONE[:, :1], [0])
 
     def even(pixels, images):
         losses = (pixels - centre).square().sum(dim=(1, 2, 3))
@@ -137,12 +138,13 @@ def test_pairs_take_out_the_even_orders():
 def test_frozen_noises_get_no_gradient_and_are_not_perturbed(estimator):
     noise, seen = start(), []
 
-    def render(noises, images):
-        seen.append(noises[2].clone().detach())
-        return linear_map(noises, images)
+    def render(z, rest, images):
+        seen.append(rest.clone())
+        return linear_map(z, rest, images)
 
-    gradient = estimation(estimator, render, free=slice(0, 2))(noise, [0]).gradient
-    assert gradient.shape == (2, 1, *SHAPE) and all((z == noise[2]).all() for z in seen)
+    source = Estimation(render, linear_loss, estimator, mu=0.01, num_samples=64, draw=draw)
+    gradient = source(noise[:2], noise[2:], [0]).gradient
+    assert gradient.shape == (2, 1, *SHAPE) and all((rest == noise[2]).all() for rest in seen)
 
 
 def test_noises_without_effect_get_no_gradient_from_luck():
@@ -174,9 +176,9 @@ def test_every_iteration_and_image_has_draws_of_its_own_and_equal_calls_are_equa
 def test_padding_keeps_every_batch_at_its_size():
     sizes = []
 
-    def render(noises, images):
+    def render(z, rest, images):
         sizes.append(len(images))
-        return linear_map(noises, images)
+        return linear_map(z, rest, images)
 
     plain = estimation("zo", num_samples=6)(start(2), [0, 1])
     padded = estimation("zo", render, num_samples=6, pad=True)(start(2), [0, 1])
@@ -200,10 +202,10 @@ def test_a_bad_sample_is_left_out():
     noise = start()
     with pytest.warns(UserWarning, match="iteration 0: image 0 lost 1 of 4 samples"):
         got = estimation("zo", loss=lossy({2}), num_samples=4)(noise, [0]).gradient  # sample 1; the reference is 0
-    loss, expected = linear_loss(linear_map(noise, [0]), None)[0], 0
+    loss, expected = linear_loss(linear_map(noise, NONE[:, :1], [0]), None)[0], 0
     for j in (0, 2, 3):
         xi = draw(0, 0, j, noise[:, 0].shape).unsqueeze(1)
-        expected += (linear_loss(linear_map(noise + 0.01 * xi, [0]), None)[0] - loss) / 0.01 * xi / 3
+        expected += (linear_loss(linear_map(noise + 0.01 * xi, NONE[:, :1], [0]), None)[0] - loss) / 0.01 * xi / 3
     torch.testing.assert_close(got, expected)
 
 
@@ -211,7 +213,7 @@ def test_a_bad_sample_is_left_out():
 def test_many_bad_samples_in_a_row_end_the_run_and_a_good_one_breaks_the_row():
     source = estimation("zo", loss=lossy({*range(3, 6), *range(7, 30)}), num_samples=5, max_bad_samples=6)
     source(start(), [0], step=0)  # the reference, 2 good, 3 bad; the next reference is no sample
-    with pytest.raises(UserError, match=r"iteration 1: 6 samples in a row .*--max_bad_samples"):
+    with pytest.raises(UserError, match=r"iteration 1: 6 consecutive samples .*--max_bad_samples"):
         source(start(), [0], step=1)
 
 
@@ -219,19 +221,3 @@ def test_many_bad_samples_in_a_row_end_the_run_and_a_good_one_breaks_the_row():
 def test_without_a_good_sample_the_gradient_is_nan_so_that_the_step_is_skipped():
     estimate = estimation("hybrid", loss=lossy(set(range(1, 9))), num_samples=2)(start(), [0])
     assert estimate.gradient.isnan().all() and estimate.losses.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("units", "ranks", "burden", "expected"),
-    [
-        (16, 1, 3, [16]),
-        (16, 2, 3, [6, 10]),  # 6 + 3 against 10
-        (16, 2, 0, [8, 8]),
-        (16, 4, 3, [2, 4, 5, 5]),
-        (3, 4, 3, [0, 1, 1, 1]),
-        (2, 4, 3, [0, 0, 1, 1]),
-    ],
-)
-def test_shares_are_even_and_the_first_process_gets_fewer(units, ranks, burden, expected):
-    ends = shares(units, ranks, burden)
-    assert [b - a for a, b in zip(ends, ends[1:])] == expected and ends[-1] == units

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 import dno
 from dno.errors import UserError
 from dno.memory import graph_bytes
-from dno.models.base import Conditioning, Shared, _in_precision_of
+from dno.models.base import _in_precision_of
+from dno.models.conditioning import Conditioning, Shared
 from dno.sampling import sample
 
 STEPS = 3
@@ -26,8 +27,8 @@ def randn(*shape, seed=0, dtype=torch.float32):
 def conditioning(negative=True):
     def half(sign):
         return {
-            "tokens": sign * torch.arange(6).view(3, 2), "added": {"pooled": sign * torch.arange(3), "ids": Shared((1, 2))},
-            "texts": [sign * torch.ones(n) for n in (1, 2, 3)], "mask": None,
+            "tokens": sign * torch.arange(6).view(3, 2), "texts": [sign * torch.ones(n) for n in (1, 2, 3)],
+            "added": {"pooled": sign * torch.arange(3), "ids": Shared((1, 2))}, "mask": None,
         }  # fmt: skip
 
     return Conditioning(half(1), half(-1) if negative else None)
@@ -68,10 +69,10 @@ def test_the_vaes_own_statistics_are_honoured(tiny_xl_model):
     expected = model.vae.decode(latents * std / 0.13025 + mean).sample
     torch.testing.assert_close(model.decode(latents), expected, rtol=1e-4, atol=1e-5)
     model.pipe.set_progress_bar_config(disable=True)
-    published = model.pipe("duck", latents=latents[:1], num_inference_steps=1, guidance_scale=1, output_type="pt").images
-    denoised = model.pipe(
-        "duck", latents=latents[:1], num_inference_steps=1, guidance_scale=1, output_type="latent"
-    ).images  # fmt: skip
+    published, denoised = (
+        model.pipe("duck", latents=latents[:1], num_inference_steps=1, guidance_scale=1, output_type=kind).images
+        for kind in ("pt", "latent")
+    )
     torch.testing.assert_close((model.decode(denoised) / 2 + 0.5).clamp(0, 1), published, rtol=1e-4, atol=1e-5)
 
 

@@ -233,7 +233,7 @@ def configured(folder, part, **changes):
 UNSUPPORTED = {
     "flow sigmas": ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
                     "scheduler is UniPCMultistepScheduler with use_flow_sigmas; expected discrete variance-preserving"),
-    "flow prediction": ({"prediction_type": "flow_prediction"}, "the model predicts 'flow_prediction'; expected one of"),
+    "flow prediction": ({"prediction_type": "flow_prediction"}, "predicts 'flow_prediction'; expected one of"),
     "betas": ({"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'; expected"),
     "no signal": ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True},
                   "end without signal .* expected prediction_type v_prediction"),
@@ -453,7 +453,8 @@ def test_a_single_file_of_sdxl_gives_the_folders_model(tiny_xl_folder, tiny_xl_m
     model, path = tiny_xl_model, tmp_path / "xl.safetensors"
     text, text_2 = (getattr(model.pipe, name).state_dict() for name in model.text_encoders)
     tensors = {
-        **{f"model.diffusion_model.{original_unet_key(key)}": value for key, value in model.network.state_dict().items()},
+        **{f"model.diffusion_model.{original_unet_key(key)}": value
+           for key, value in model.network.state_dict().items()},
         **{f"first_stage_model.{name}": value for name, value in original_names(model.vae.state_dict())},
         **{f"conditioner.embedders.0.transformer.text_model.{key.removeprefix('text_model.')}": value
            for key, value in text.items()},

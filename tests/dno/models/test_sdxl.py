@@ -247,8 +247,9 @@ def test_split_guidance_keeps_one_half_only(tiny_xl_model, unet_calls):
     gradient(tiny_xl_model, Plan(STEPS, STEPS, split_guidance=True))
     assert [size for size, _ in unet_calls] == [2] * 3 * STEPS
     conditioning, x = tiny_xl_model.encode_prompts([""]), randn(1, 4, 8, 8).requires_grad_()
+    denoise = partial(tiny_xl_model.denoise, x, tiny_xl_model.point(501), conditioning)
     one, two, split = (
-        graph_bytes(partial(tiny_xl_model.denoise, x, tiny_xl_model.point(501), conditioning, scale, split_guidance=split))
+        graph_bytes(partial(denoise, scale, split_guidance=split))
         for scale, split in ((1, False), (5, False), (5, True))
     )
     assert split < 1.1 * one < 0.6 * two

@@ -134,8 +134,9 @@ def test_a_noise_file_that_is_damaged_a_pickle_or_absent(run, tmp_path):
     cut.write_bytes(cut.read_bytes()[:-1])
     torch.save(torch.zeros(2), tmp_path / "noise.pt")
     (tmp_path / "empty").write_bytes(b"")
-    for path in (cut, tmp_path / "noise.pt", tmp_path / "empty", tmp_path / "absent", tmp_path):
-        with refused(f"--noise {path} could not be read", "expected a best_noise.safetensors"):
+    for path in (cut, tmp_path / "noise.pt", tmp_path / "empty", tmp_path / "absent", tmp_path, run.folder):
+        file = path / "best_noise.safetensors" if path.is_dir() else path
+        with refused(f"--noise {file} could not be read", "expected a best_noise.safetensors"):
             load_noise(path)
 
 
@@ -171,12 +172,7 @@ def contents(folder):
 
 
 @needs_dev_full
-def test_a_full_disk_leaves_the_old_files_whole(written):
-    before = contents(written.folder)
-    for name in ("args.json", "best.png", "best_noise.safetensors"):
-        (written.folder / f".{name}.part").symlink_to("/dev/full")
-    fill(written)
-    assert contents(written.folder) == before
+def test_metrics_on_a_full_disk_are_an_error(written):
     (written.folder / "metrics.jsonl").unlink()
     (written.folder / "metrics.jsonl").symlink_to("/dev/full")
     with refused("cannot write", "metrics.jsonl", "No space left"):
@@ -185,7 +181,7 @@ def test_a_full_disk_leaves_the_old_files_whole(written):
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-    """Inside, no file of this process may grow over so many bytes; so nothing but the writing in question goes here."""
+    """Inside, no file of this process may grow over this many bytes; only the writing in question belongs here."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -235,11 +231,94 @@ def test_an_interrupted_write_leaves_no_litter(written, monkeypatch):
 
 
 def test_a_picture_that_fails_is_a_warning_and_the_other_is_drawn(written, monkeypatch):
-    monkeypatch.setattr("dno.report.figures.evolution_sheet", refuse)
+    from dno.report.figures import draw_run
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.draw", fail)
     written.save_image("images/000", torch.zeros(3, 8, 8))
     with pytest.warns(UserWarning, match="evolution.png could not be drawn: OSError: .*No space left"):
-        written.draw()
+        draw_run(written.folder)
     assert (written.folder / "evolution.gif").is_file() and not (written.folder / "evolution.png").exists()
+
+
+def test_the_result_says_what_was_found(written):
+    from dno.alignment import Alignment
+
+    metrics = [{"images": [{"reward": 0.5}, {"reward": float("nan")}], "seconds": 0.5}] * 2
+    result = Alignment(None, torch.tensor([0.5, -torch.inf]), [1, None], [None, "given up"], None, metrics, None)
+    written.write_result(result)
+    found = json.loads((written.folder / "result.json").read_text(), parse_constant=pytest.fail)
+    assert found == {
+        "rewards": [0.5, None], "steps": [1, None], "stopped": [None, "given up"], "iterations": 2, "seconds": 1.0,
+        "first": [{"reward": 0.5}, {"reward": None}], "best": [{"reward": 0.5}, {}],
+    }  # fmt: skip
+    handle = written.folder
+    written.close()
+    Run(folder=handle, resume=True)
+    assert not (handle / "result.json").exists(), "it is not done yet"
+
+
+# A run that is taken up again.
+
+
+def test_a_cut_keeps_the_lines_and_pictures_up_to_the_checkpoint(run):
+    for step in range(4):
+        run.log({"step": step, "reward": None if step == 1 else 0.5})
+        for index in (0, 1):
+            run.save_image(f"images/{step:03d}", torch.zeros(3, 4, 4), index)
+    for name in ("mine.png", "003.jpg", "3.png", "003_b1_copy.png", "1003.png", "003_b1.png.bak"):
+        (run.folder / "images" / name).write_bytes(b"")
+    with open(run.folder / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 4, "rew')
+    metrics = run.cut(2)
+    assert [line["step"] for line in metrics] == [0, 1] and metrics[1]["reward"] != metrics[1]["reward"]
+    assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 2
+    left = sorted(path.name for path in (run.folder / "images").iterdir())
+    mine = ["mine.png", "003.jpg", "3.png", "003_b1_copy.png", "003_b1.png.bak"]
+    assert left == sorted([*mine, "000.png", "000_b1.png", "001.png", "001_b1.png"])
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"step": 0}\n', '{"step": 0}\n{"step": 2}\n', '{"step": 0}\n{"step": 1', "{}\n{}\n", "1\n2\n"]
+)
+def test_metrics_that_are_not_the_checkpoints_are_one_line(run, text):
+    (run.folder / "metrics.jsonl").write_text(text)
+    with refused("metrics.jsonl"):
+        run.cut(2)
+    assert (run.folder / "metrics.jsonl").read_text() == text
+
+
+def test_what_a_picture_is_of(run):
+    run.save_image("best", torch.zeros(3, 4, 4), step=7)
+    run.save_image("best", torch.zeros(3, 4, 4), 1)
+    (run.folder / "best_b2.png").write_bytes(b"no picture")
+    assert [run.picture_step("best", index) for index in range(4)] == [7, None, None, None]
+
+
+def test_the_history_of_a_run_is_what_its_starts_were_made_with(run):
+    about = {"method": "dno", "settings": {}, "resolved": {"device": "cuda", "processes": 2}}
+    run.write_args(about)
+    run.write_args(about | {"resolved": {"device": "cpu", "processes": 1}}, done=3)
+    run.write_args(about, done=5)
+    history = json.loads((run.folder / "args.json").read_text())["history"]
+    made = [(entry["until"], entry["device"], entry["processes"]) for entry in history]
+    assert made == [(3, "cuda", 2), (5, "cpu", 1)]
+    assert all(entry["versions"]["torch"] for entry in history)
+    (run.folder / "args.json").write_text("{")
+    run.write_args(about, done=7)
+    assert json.loads((run.folder / "args.json").read_text())["history"] == []
+
+
+def test_a_gallery_is_a_sheet_of_captioned_images(run):
+    pixels = torch.full((8, 8, 3), 200, dtype=torch.uint8).numpy()
+    run.save_gallery([], 0)
+    assert not (run.folder / "gallery.png").exists()
+    run.save_gallery([(f"{k}: 0.5", pixels) for k in range(5)], 1)
+    with Image.open(run.folder / "gallery_b1.png") as sheet:
+        assert sheet.width > 4 * 160 and sheet.height > 2 * 160
+        assert sheet.convert("RGB").getpixel((20, 20)) == (200, 200, 200)
 
 
 def test_discard_removes_this_run_only(written):

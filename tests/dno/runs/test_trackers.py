@@ -1,5 +1,6 @@
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_tensorboard_gets_metrics_and_every_kth_image(tiny_folder, tmp_path):
 class Broken:
     name = "wandb"
     requires_logging_directory = False
-    calls = []
+    calls, configs = [], []
 
     def __init__(self, *args):
         pass
@@ -37,7 +38,7 @@ class Broken:
         pass
 
     def store_init_configuration(self, config):
-        pass
+        self.configs.append(config)
 
     def log(self, values, step=None):
         self.calls.append((values, step))
@@ -57,10 +58,10 @@ def broken(monkeypatch):
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Broken)
     monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
     sys.modules["wandb"].__spec__ = types.SimpleNamespace()
-    Broken.calls = []
+    Broken.calls, Broken.configs = [], []
 
 
-def test_a_tracker_that_fails_is_one_warning_and_the_run_goes_on(broken, tiny_folder, tmp_path):
+def test_a_tracker_that_fails_is_one_warning_and_the_run_continues(broken, tiny_folder, tmp_path):
     with pytest.warns(UserWarning) as seen:
         result = align(model=str(tiny_folder), num_steps=3, opt_steps=4, output=str(tmp_path), report_to=("wandb",))
     assert len(result.metrics) == 4 and len(Broken.calls) == 1
@@ -73,6 +74,55 @@ def test_only_finite_numbers_are_sent(broken):
     with pytest.warns(UserWarning):
         trackers.log(METRICS, torch.zeros(1, 3, 4, 4))
     assert Broken.calls == [({"reward": 0.5}, 0)]
+
+
+def test_settings_and_what_they_resolved_to_are_sent_as_one_flat_dict(broken):
+    config = {
+        "resolved": {"lr": 0.01, "size": (64, 64), "precision": "float32", "weights": {"black": 1.0}},
+        "method": "dno", "settings": {"precision": "auto", "patience": None, "gamma": 1.0, "compile": False},
+    }  # fmt: skip
+    Trackers(("wandb",), None, config)
+    Trackers(("wandb",), None, {"objective": ("black",), "opt_time": None, "opt_steps": 5})
+    assert Broken.configs == [
+        {
+            "method": "dno", "precision": "float32", "patience": "None", "gamma": 1.0, "compile": False, "lr": 0.01,
+            "size": "(64, 64)", "weights": "{'black': 1.0}",
+        },
+        {"objective": "('black',)", "opt_time": "None", "opt_steps": 5},
+    ]  # fmt: skip
+
+
+def test_tensorboard_takes_a_nested_configuration(tmp_path):
+    pytest.importorskip("tensorboard")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trackers = Trackers(
+            ("tensorboard",), tmp_path, {"method": "dno", "settings": {"a": None}, "resolved": {"b": {"c": None}}}
+        )
+        trackers.log(METRICS, torch.zeros(1, 3, 4, 4))
+        trackers.finish()
+    assert list(tmp_path.glob("dno/**/events*"))
+
+
+def test_the_images_are_what_the_png_files_show(broken, monkeypatch, tmp_path):
+    """Clamped, rounded to 256 levels: the same pixels as in `save_image`."""
+    from PIL import Image
+
+    from dno.runs.folder import Run
+
+    sent = []
+    monkeypatch.setattr(Broken, "log", lambda self, values, step: None)
+    monkeypatch.setattr(Broken, "log_images", lambda self, images, step: sent.append(images["images"]))
+    images = torch.linspace(-1.2, 1.2, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
+    Trackers(("wandb",), None, {}).log(METRICS, images)
+    run = Run(tmp_path)
+    for b, pixels in enumerate(sent[0]):
+        run.save_image("initial", images[b], b)
+        path = run.folder / f"initial{'_b1' if b else ''}.png"
+        expected = [round(min(max(value / 2 + 0.5, 0), 1) * 255) for value in images[b].flatten().double().tolist()]
+        assert pixels.transpose(2, 0, 1).flatten().tolist() == pytest.approx(expected, abs=1)
+        with Image.open(path) as image:
+            assert image.tobytes() == pixels.tobytes()
 
 
 def test_a_tracker_that_cannot_start_is_a_warning(monkeypatch, broken):
