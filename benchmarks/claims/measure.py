@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from common import ROOT
 
-import claims.methods  # noqa: F401  (it adds the methods restarts and start_only)
+from claims.methods import add_methods
 from dno import align, load_model
 from dno.runs.files import write_whole
 from dno.sweep import RunSpec, run_all
@@ -27,7 +27,7 @@ from dno.task import Loaded
 JUDGE = f"{ROOT / 'sprites' / 'judge.py'}:judge_loss_fn"
 WATCHED = ("sprites", "jpeg")  # besides the judge
 TIMED = 4  # iterations of a timing run; the first, which warms up, is left out
-METHODS = {"run": "dno", "restarts": "restarts", "start": "start_only", "draws": "best_of_n"}
+METHOD_OF = {"run": "dno", "restarts": "restarts", "start": "start_only", "draws": "best_of_n"}
 _KEPT = ("reward", "probability", "probability_min", "judge", "black", "white", "sprites", "jpeg")
 
 
@@ -94,11 +94,12 @@ def measure_all(rows, size, folder, processes=1, report=print):
 def measure_row(jobs):
     """Measure one row on the prompts of these jobs, and write their files. Returns the row's name."""
     torch.set_num_threads(1)
+    add_methods()
     began = time.time()
     row, size, folder = jobs[0].measurement, jobs[0].size, jobs[0].folder
     loaded, quiet = Loaded(_model(size.model)), {"save_every": 10**9, "draw": False}
     runs = [
-        RunSpec(job.path.stem, METHODS[row.kind], {**settings_of(job), **quiet}, f"{row.name}, {job.prompt}", loaded)
+        RunSpec(job.path.stem, METHOD_OF[row.kind], {**settings_of(job), **quiet}, f"{row.name}, {job.prompt}", loaded)
         for job in jobs
     ]
     sweep = folder / "runs" / slug(row.name)

@@ -1,6 +1,6 @@
 """The two methods that the claims compare Direct Noise Optimization with, beyond those of `dno.methods`.
 
-They are in the table of methods once this file is imported, so that `align`, sweeps and `resume` know them.
+`add_methods` puts them into the table of methods, so that `align`, sweeps and `resume` know them.
 """
 
 from dataclasses import dataclass
@@ -59,5 +59,6 @@ class StartAlone(Split):
         return torch.cat([rest, z])
 
 
-for _method in (Restarts, StartOnly):
-    METHODS[_method.name] = (__name__, _method.__name__)
+def add_methods():
+    """Make them known by their names in this process."""
+    METHODS.update({method.name: (__name__, method.__name__) for method in (Restarts, StartOnly)})

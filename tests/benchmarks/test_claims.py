@@ -14,9 +14,21 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from claims import command, intervals  # noqa: E402
 from claims.intervals import Comparison, best_while, first_at_least, frontier, interval, verdict  # noqa: E402
+from claims.methods import add_methods  # noqa: E402
 from claims.plan import Measurement, Size, plan  # noqa: E402
 
 from dno import align  # noqa: E402
+from dno.methods import METHODS  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def own_methods():
+    """Methods that a test adds are not there for the next one."""
+    others = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(others)
+
 
 # --- statistics ----------------------------------------------------------------------------------------------
 
@@ -192,6 +204,7 @@ COMMON = {"objective": "black", "num_steps": 2, "batch_size": 2, "seed": 5}
 
 
 def test_restarts_after_each_iteration_are_independent_draws(tiny_model):
+    add_methods()
     restarts = align(tiny_model, method="restarts", block=1, opt_steps=3, **COMMON)
     draws = align(tiny_model, method="best_of_n", num_candidates=3, candidates_per_iteration=1, **COMMON)
     found, expected = ([line["rewards"] for line in result.metrics] for result in (restarts, draws))
@@ -199,6 +212,7 @@ def test_restarts_after_each_iteration_are_independent_draws(tiny_model):
 
 
 def test_restarts_climb_between_them_and_resume(tiny_model, tiny_folder, tmp_path):
+    add_methods()
     settings = {"method": "restarts", "block": 2, **COMMON}
     whole = align(tiny_model, opt_steps=4, **settings).metrics
     align(str(tiny_folder), opt_steps=2, folder=tmp_path / "run", draw=False, **settings)
@@ -208,6 +222,7 @@ def test_restarts_climb_between_them_and_resume(tiny_model, tiny_folder, tmp_pat
 
 
 def test_x_t_alone_moves_and_every_noise_counts(tiny_model):
+    add_methods()
     first = align(tiny_model, opt_steps=1, **COMMON)
     moved = align(tiny_model, method="start_only", opt_steps=2, lr=0.1, **COMMON)
     assert moved.steps == [1, 1] and moved.metrics[0]["rewards"] == first.metrics[0]["rewards"]
