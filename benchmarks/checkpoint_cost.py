@@ -3,8 +3,8 @@
     python benchmarks/checkpoint_cost.py --folder output
     python benchmarks/checkpoint_cost.py --iteration_seconds 6.1      # a share of ten such iterations
 
-The state is what a run of one image keeps: noise, AdamW's two moments, the best noise and the best image. Every save is fsynced; times
-are medians of `--repeats` saves to the disk that holds `--folder`.
+The state is what a run of one image keeps: noise, AdamW's two moments, the best noise and the best image. Every save is
+fsynced; times are medians of `--repeats` saves to the disk that holds `--folder`.
 """
 
 import argparse
