@@ -150,6 +150,8 @@ def sample(denoise, noise, schedule, eta=1.0, recompute=True):
     x, *z = reversed(noise.unbind() if isinstance(noise, torch.Tensor) else noise)
     if eta == 0 and not z:
         z = [x.new_zeros(()).expand_as(x)] * schedule.num_steps
+    if schedule.alpha[0] == 1:  # variance-exploding levels, as of Karras et al. 2022: the first one is the start's size
+        x = schedule.sigma[0].item() * x
     if len(z) != schedule.num_steps:
         raise ValueError(f"{len(z) + 1} noises for {schedule.num_steps} steps; expected {schedule.num_steps + 1}")
     recomputed = first = 0

@@ -114,6 +114,11 @@ class Task:
         self.schedule = self.model.schedule(settings.num_steps, *self.size, settings.timestep_spacing)
         _warn_of_unknown_words(settings)
         self.guided = self.model.needs_negative(settings.guidance_scale)
+        if 0 < settings.guidance_scale < 1 and not self.guided:
+            warnings.warn(
+                f"--guidance_scale {settings.guidance_scale:g} is as 1: below 1 there is no guidance to weaken",
+                stacklevel=2,
+            )
         negative = settings.negative_prompt
         negative = list(negative) if isinstance(negative, tuple) else negative
         self.conditioning = self.model.encode_prompts(self.prompts, negative, guided=self.guided, **self._sizes())

@@ -508,3 +508,19 @@ def test_keyed_generators():
     draws = {key: torch.rand(3, generator=keyed_generator(*key)) for key in [(0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1)]}
     assert torch.equal(draws[0, 1, 2], torch.rand(3, generator=keyed_generator(0, 1, 2)))
     assert len({tuple(draw.tolist()) for draw in draws.values()}) == 4
+
+
+def test_variance_exploding_levels_start_at_their_own_size():
+    """x_VE = x_VP / alpha on the same levels sigma / alpha, for Gaussian data, whose denoiser is linear in x. The start
+    is sigma_0 z there and z here, so the ends differ by the factor sigma of the first variance-preserving level."""
+    _, preserving = ddim(6)
+    alpha, sigma = preserving.alpha, preserving.sigma
+    exploding = Schedule(preserving.timesteps, torch.ones_like(alpha), sigma / alpha)
+
+    def denoise(x, point):
+        x0 = point.alpha * x / (point.alpha**2 + point.sigma**2)
+        return x0, (x - point.alpha * x0) / point.sigma
+
+    start = noises(6)[-1:]
+    expected = sigma[0] * sample(denoise, start, preserving, eta=0.0) / alpha[-1]
+    torch.testing.assert_close(sample(denoise, start, exploding, eta=0.0), expected)

@@ -172,3 +172,8 @@ def test_words_that_a_small_model_does_not_know_are_named_once(make, tiny_folder
     with pytest.warns(UserWarning, match="toy was not trained on 'zebra', 'gnu', 'emu'; it knows white, duck") as seen:
         make(model="toy", prompt=["White zebra", "white Zebra", "gnu"], negative_prompt="duck, emu!")
     assert len([warning for warning in seen if "trained" in str(warning.message)]) == 1
+
+
+def test_a_weak_guidance_is_named(tiny_folder):
+    with pytest.warns(UserWarning, match="--guidance_scale 0.5 is as 1"):
+        dno.align(model=str(tiny_folder), num_steps=2, opt_steps=1, guidance_scale=0.5)

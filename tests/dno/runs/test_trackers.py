@@ -7,8 +7,8 @@ import torch
 
 from dno import align
 from dno.errors import UserError
+from dno.resume import prepare
 from dno.runs.trackers import Trackers
-from dno.settings import Settings
 
 METRICS = {"step": 0, "reward": 0.5, "rewards": [0.5], "probability": float("nan"), "images": [{}]}
 
@@ -137,4 +137,4 @@ def test_a_tracker_that_cannot_start_is_a_warning(monkeypatch, broken):
 def test_a_tracker_that_is_not_installed_is_an_error_before_anything_starts(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="--report_to trackio .* pip install trackio"):
-        Settings(report_to=("trackio",)).resolve()
+        prepare({"report_to": "trackio"})
