@@ -144,6 +144,9 @@ def _iterate(method, recorder, asked):
         recorder.record(found)
         if recorder.done:
             break
+    contents = recorder.checkpoint and recorder.checkpoint.state
+    if contents and contents["state"]["failed"] and len(recorder.metrics) == recorder.checkpoint.step:
+        raise UserError("the run failed in its last iteration, so that nothing is left to resume; start a new one")
     team.dismiss()
     result = _result(recorder)
     recorder.finish(result)

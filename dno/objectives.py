@@ -186,7 +186,8 @@ class Losses:
         total, rewards = 0, {}
         for objective in self.objectives:
             with _one_line(f"the reward {objective.name!r} failed", RewardFailed):
-                losses = self.loss_fns[objective.name](images, prompts)
+                # A copy, for a reward may write into what it gets.
+                losses = self.loss_fns[objective.name](images.clone(), list(prompts))
             losses = _checked(losses, objective.name, images)
             total = total + objective.weight * losses
             rewards[objective.name] = -losses.detach()

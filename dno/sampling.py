@@ -76,6 +76,14 @@ class Schedule:
     def num_steps(self):
         return len(self.timesteps)
 
+    @property
+    def start_scale(self):
+        """The size of the start: 1, or with variance-exploding levels (alpha = 1) the first sigma.
+
+        Source: Karras et al. 2022 (arXiv 2206.00364), Algorithm 2.
+        """
+        return self.sigma[0].item() if self.alpha[0] == 1 else 1
+
     def __len__(self):
         return self.num_steps
 
@@ -139,10 +147,10 @@ def sample(denoise, noise, schedule, eta=1.0, recompute=True):
     """Run the sampler: latents (B, C, h, w) as a function of all the noise.
 
     denoise: (x, point) -> (x0, eps).
-    noise: T + 1 tensors (B, C, h, w), a sequence or one stacked tensor: noise[T] is where sampling starts, step i uses
-        noise[T - 1 - i], and noise[0] (the last step's) has no effect. With eta 0 the start alone will do. Gradient
-        flows to those that require it, and no graph is built for the steps before the first of them; and it flows to
-        whatever inside `denoise` requires it, such as the weights of the network.
+    noise: T + 1 tensors (B, C, h, w), a sequence or one stacked tensor: sampling starts at noise[T], times the
+        schedule's `start_scale`, step i uses noise[T - 1 - i], and noise[0] (the last step's) has no effect. With eta 0
+        the start alone will do. Gradient flows to those that require it, and no graph is built for the steps before the
+        first of them; and it flows to whatever inside `denoise` requires it, such as the weights of the network.
     recompute: the number of steps, from the first, that keep their latents only and are rebuilt in the backward pass,
         one step's graph at a time; the others keep their graphs, and are the first that backward uses and frees. True
         is all, so that memory grows with T by the latents alone; False is none. The gradient is the same.
@@ -150,10 +158,12 @@ def sample(denoise, noise, schedule, eta=1.0, recompute=True):
     x, *z = reversed(noise.unbind() if isinstance(noise, torch.Tensor) else noise)
     if eta == 0 and not z:
         z = [x.new_zeros(()).expand_as(x)] * schedule.num_steps
-    if schedule.alpha[0] == 1:  # variance-exploding levels, as of Karras et al. 2022: the first one is the start's size
-        x = schedule.sigma[0].item() * x
     if len(z) != schedule.num_steps:
         raise ValueError(f"{len(z) + 1} noises for {schedule.num_steps} steps; expected {schedule.num_steps + 1}")
+    if recompute < 0:
+        raise ValueError(f"recompute is {recompute}; expected True, False or a number of steps")
+    if schedule.start_scale != 1:
+        x = schedule.start_scale * x
     recomputed = first = 0
     if recompute and torch.is_grad_enabled():
         recomputed = len(z) if recompute is True else min(recompute, len(z))

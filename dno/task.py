@@ -119,6 +119,10 @@ class Task:
                 f"--guidance_scale {settings.guidance_scale:g} is as 1: below 1 there is no guidance to weaken",
                 stacklevel=2,
             )
+        if settings.negative_prompt and not self.guided:
+            warnings.warn(
+                f"--negative_prompt has no effect at --guidance_scale {settings.guidance_scale:g}", stacklevel=2
+            )
         negative = settings.negative_prompt
         negative = list(negative) if isinstance(negative, tuple) else negative
         self.conditioning = self.model.encode_prompts(self.prompts, negative, guided=self.guided, **self._sizes())

@@ -1,7 +1,7 @@
 """Several processes as one team: what they exchange, and how the failure of one is reported by the others.
 
-Noise, reference image, losses, counts and the sum of the estimate travel once per iteration, as CPU tensors over gloo:
-they are a few megabytes, and there the end of a peer is an error that can be explained, not an abort as with NCCL.
+What a method shares (noise, losses, images, sums) travels once per iteration, as CPU tensors over gloo: it is a few
+megabytes, and there the end of a peer is an error that can be explained, not an abort as with NCCL.
 """
 
 import contextlib
@@ -26,14 +26,13 @@ class Team:
     def leads(self):
         return self.rank == 0
 
-    def send_task(self, noise, images, step):
-        """Leader only: have every process estimate the gradient at this noise."""
-        images = torch.tensor([step, *images])
-        self.broadcast(images)
+    def send_task(self, noise, rows, step):
+        """Leader only: have every process do its part of an iteration at this noise, of the images of these indices."""
+        self.broadcast(torch.tensor([step, *rows]))
         self.broadcast(noise)
 
     def receive_task(self):
-        """The other end of `send_task`: (noise, images, step), or None once the leader has called `dismiss`."""
+        """The other end of `send_task`: (noise, rows, step), or None once the leader has called `dismiss`."""
         task = self.broadcast(None).tolist()
         return (self.broadcast(None), task[1:], task[0]) if task else None
 

@@ -117,13 +117,12 @@ class BestOfN(Method):
         while state.step < self.num_iterations and (rows := state.active):
             ks, pivot = self._numbers(state.step), state.pivot_of(rows)
             task.team.send_task(pivot, rows, state.step)
-            images, losses, rewards = self._try(pivot, rows, ks)
+            best, images, small, losses, rewards = self._try(pivot, rows, ks)
             n, scores = torch.arange(len(rows)), torch.where(losses.isfinite(), -losses, torch.nan)
-            best = losses.where(losses.isfinite(), torch.inf).argmin(dim=1)  # (n,); the first of equals
             noise = self._candidates(pivot, rows, [(r, ks[m]) for r, m in enumerate(best)])
             mean = scores.nanmean(dim=1)
             found = Iteration(
-                rows, images[n, best], losses[n, best], {name: all[n, best] for name, all in rewards.items()}, noise,
+                rows, images, losses[n, best], {name: all[n, best] for name, all in rewards.items()}, noise,
                 metrics={
                     "probability": probability(noise, s.subsample),
                     "probability_min": probability_min(noise, s.subsample),
@@ -131,11 +130,11 @@ class BestOfN(Method):
                     "mean": mean,
                     "std": (scores - mean[:, None]).square().nanmean(dim=1).sqrt(),
                 },
-                evaluations=task.evaluate(images[n, best], rows),
+                evaluations=task.evaluate(images, rows),
             )  # fmt: skip
             with state.changing():
                 for r, b in enumerate(rows):
-                    state.rank(b, ks, scores[r], images[r])
+                    state.rank(b, ks, scores[r], small[r])
                 if s.search == "neighbours":
                     state.move(rows, ks, noise)
                 state.failed = ks.stop >= min(MAX_BAD_CANDIDATES, s.num_candidates) and not any(state.shown)
@@ -157,25 +156,36 @@ class BestOfN(Method):
 
     @torch.no_grad()
     def _try(self, pivot, rows, ks):
-        """Images (n, M, 3, H, W), losses (n, M) and rewards by name, (n, M), of the M candidates `ks` of n images.
+        """Try the M candidates `ks` of n images: every process renders its share, and the leader gets
 
-        Every process renders its share, and the leader gets them all. pivot: as for `_candidates`.
+        (which is best of each image (n,), their images (n, 3, H, W), all of them reduced (n, M, 3, h, w), losses
+        (n, M), rewards by name (n, M)). A process keeps the best of each image alone. pivot: as for `_candidates`.
         """
         task, team, size = self.task, self.task.team, self.settings.batch_per_device
         names = [objective.name for objective in task.objectives]
-        pairs = [(r, k) for r in range(len(rows)) for k in ks]
-        images = torch.zeros(len(pairs), 3, *task.size, device=task.device, dtype=task.state_dtype)
-        table = torch.zeros(len(pairs), 1 + len(names), device=task.device, dtype=task.state_dtype)
-        start, end = shares(len(pairs), team.size)[team.rank :][:2]
+        pairs, like = [(r, k) for r in range(len(rows)) for k in ks], {"device": task.device, "dtype": task.state_dtype}
+        small = _reduced(torch.zeros(len(pairs), 3, *task.size, **like))
+        table = torch.zeros(len(pairs), 1 + len(names), **like)
+        ends, kept = shares(len(pairs), team.size), {}
+        start, end = ends[team.rank], ends[team.rank + 1]
         for i in range(start, end, size):
             part = slice(i, min(i + size, end))
             z, of = self._candidates(pivot, rows, pairs[part]), [rows[r] for r, _ in pairs[part]]
-            images[part] = task.render(self.split.join(z, z[:0]), of)
-            losses, rewards = task.losses_or_nan(images[part], of)
+            images = task.render(self.split.join(z, z[:0]), of)
+            losses, rewards = task.losses_or_nan(images, of)
             table[part] = torch.stack([losses, *(rewards[name] for name in names)], dim=1)
-        images, table = (team.sum(part).unflatten(0, (len(rows), len(ks))) for part in (images, table))
+            small[part] = _reduced(images)
+            for (r, _), loss, image in zip(pairs[part], _comparable(losses).tolist(), images):
+                if r not in kept or loss < kept[r][0]:
+                    kept[r] = loss, image.clone()
+        table, small = (team.sum(part).unflatten(0, (len(rows), len(ks))) for part in (table, small))
         losses, *others = table.unbind(-1)
-        return images, losses, dict(zip(names, others, strict=True))
+        best = team.broadcast(_comparable(losses).argmin(dim=1) if team.leads else None)  # the first of equals
+        images = torch.zeros(len(rows), 3, *task.size, **like)
+        for r, m in enumerate(best.tolist()):
+            if start <= r * len(ks) + m < end:
+                images[r] = kept[r][1]
+        return best, team.sum(images), small, losses, dict(zip(names, others, strict=True))
 
     def _candidates(self, pivot, rows, pairs):
         """The noise of candidates, each (row r of n images, k): (T + 1, len(pairs), C, h, w), or with eta 0 x_T alone.
@@ -198,6 +208,16 @@ class BestOfN(Method):
     def _effective(self, noise):
         """What of the noise reaches the image: with eta 0 x_T alone."""
         return self.split.split(noise)[0]
+
+
+def _comparable(losses):
+    """Losses to compare: what is not finite never wins."""
+    return losses.where(losses.isfinite(), torch.inf)
+
+
+def _reduced(images):
+    """The images (n, 3, H, W) as small as the contact sheet shows them."""
+    return avg_pool2d(images, math.ceil(max(images.shape[-2:]) / SHOWN_SIZE))
 
 
 def neighbour(z, xi, rho):
@@ -228,8 +248,8 @@ class Ranking(State):
 
     def rank(self, b, ks, scores, images):
         """Take in candidates of image b: their rewards (M,) and images (M, 3, H, W)."""
-        images = avg_pool2d(images, math.ceil(max(images.shape[-2:]) / SHOWN_SIZE))
-        new = [(score, k, pixels) for score, k, pixels in zip(scores.tolist(), ks, to_uint8(images), strict=True)]
+        shown = to_uint8(_reduced(images))
+        new = [(score, k, pixels) for score, k, pixels in zip(scores.tolist(), ks, shown, strict=True)]
         ranked = [*self.shown[b], *(entry for entry in new if math.isfinite(entry[0]))]
         self.shown[b] = sorted(ranked, key=lambda entry: (-entry[0], entry[1]))[:SHOWN]
 

@@ -17,6 +17,9 @@ from dno.models.conditioning import Conditioning, leaves, unwrapped
 from dno.models.quiet import quiet
 from dno.models.specs import model_spec
 
+# The projections of every attention of diffusers' networks.
+ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+
 # (x, network output, alpha, sigma) -> (x0, eps), by what the network predicts.
 _CLEAN_AND_NOISE = {
     "epsilon": lambda x, eps, alpha, sigma: ((x - sigma * eps) / alpha, eps),
@@ -62,6 +65,13 @@ class TextToImage:
             raise UserError(
                 f"the model predicts {self.prediction_type!r}; expected one of {', '.join(self.prediction_types)}"
             )
+        config = pipe.vae.config
+        if config.get("scaling_factor", 1) in (None, 0):
+            raise UserError(
+                f"the VAE's scaling_factor is {config.get('scaling_factor')}; expected a number other than 0"
+            )
+        if (config.get("latents_mean") is None) != (config.get("latents_std") is None):
+            raise UserError("the VAE has one of latents_mean and latents_std; expected both, or none")
 
     def freeze(self):
         """No gradient for any weight, no dropout."""
@@ -229,8 +239,8 @@ class TextToImage:
     def _latent_statistics(self, latents):
         """(scale, shift): the VAE's latents are the sampler's / scale + shift; numbers, or (1, C, 1, 1)."""
         config = self.vae.config
-        scale, shift = config.get("scaling_factor") or 1, config.get("shift_factor") or 0
-        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        scale, shift = config.get("scaling_factor", 1), config.get("shift_factor") or 0
+        if config.get("latents_mean") is not None:
             mean, std = (latents.new_tensor(config[f"latents_{name}"]).view(1, -1, 1, 1) for name in ("mean", "std"))
             scale, shift = scale / std, mean
         return scale, shift
@@ -279,16 +289,25 @@ class TextToImage:
         rank: of each change B A to a weight matrix; alpha: the change is scaled by alpha / rank; None = rank.
         target_modules: names of layers, by their ends; None = the projections of every attention.
         seed: of the random start of A; B starts at zero, so that the model is unchanged at first.
-        Raises UserError for a model in float16. Source: Hu et al. 2021 (arXiv 2106.09685).
+        Raises UserError for a model in float16, one that has an adapter, a rank below 1, and names without a layer.
+        Source: Hu et al. 2021 (arXiv 2106.09685).
         """
         from peft import LoraConfig
 
+        names = [target_modules] if isinstance(target_modules, str) else list(target_modules or ATTENTION_LAYERS)
         if self.dtype == torch.float16:
             raise _no_training_in_float16()
+        if getattr(self.network, "peft_config", None):
+            raise UserError("the model has an adapter already; load it again for another one")
+        if not isinstance(rank, int) or rank < 1:
+            raise UserError(f"the rank of the adapter is {rank!r}; expected a whole number, 1 or more")
+        layers = [name for name, _ in self.network.named_modules()]
+        for name in names:
+            if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
+                raise UserError(f"the network has no layer {name!r} for the adapter; expected names such as 'to_q'")
         frozen = {id(parameter) for parameter in self.network.parameters()}
         config = LoraConfig(
-            r=rank, lora_alpha=rank if alpha is None else alpha,
-            target_modules=list(target_modules or ("to_q", "to_k", "to_v", "to_out.0")),
+            r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=names
         )  # fmt: skip
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -366,7 +385,7 @@ class _ScaleGradient(torch.autograd.Function):
         if not ctx.at_output:
             return grad.float() / _per_image(ctx.scale.pop(), grad), None, None
         largest = grad.abs().reshape(len(grad), -1).amax(dim=1)  # (B,)
-        scale = torch.exp2(-torch.log2(largest).floor())
+        scale = torch.exp2(-torch.log2(largest).floor().clamp(min=-126))  # float32 has no 2^128
         ctx.scale.append(torch.where((largest > 0) & largest.isfinite(), scale, torch.ones_like(scale)))
         return grad * _per_image(ctx.scale[-1], grad), None, None
 

@@ -19,7 +19,7 @@ class Conditioning:
 
     positive: tensors and lists have the batch first; dicts are looked into; what has no batch is `Shared` or None.
     negative: the same for what guidance leads away from, or None if nothing is guided.
-    `conditioning[rows]` takes these rows, which may repeat, in this order.
+    `conditioning[rows]` takes the rows of these numbers, which may repeat, in this order.
     """
 
     positive: dict
@@ -29,7 +29,7 @@ class Conditioning:
         return _length(self.positive)
 
     def __getitem__(self, rows):
-        rows = list(rows)
+        rows = [int(row) for row in rows]  # a tensor's numbers would be taken for coordinates
         taken = (keywords and _map(partial(_rows, rows), keywords) for keywords in (self.positive, self.negative))
         return Conditioning(*taken)
 
@@ -38,16 +38,28 @@ class Conditioning:
         return Conditioning(self.negative)
 
     def doubled(self):
-        """The negative rows and then the positive ones, 2 B in one batch."""
+        """The negative rows and then the positive ones, 2 B in one batch.
+
+        Raises ValueError if the halves differ in what has no batch, and so must run one after the other.
+        """
         return Conditioning(_map(_joined, self.negative, self.positive))
 
 
 def _map(function, *values):
-    """function at each leaf of dicts of the same keys; what has no batch is the last one's, unchanged."""
+    """function at each leaf of dicts of the same keys; what has no batch is the same in all, and unchanged."""
     last = values[-1]
-    if isinstance(last, dict):
+    if isinstance(last, dict) and all(isinstance(value, dict) and value.keys() == last.keys() for value in values):
         return {key: _map(function, *(value[key] for value in values)) for key in last}
-    return last if last is None or isinstance(last, Shared) else function(*values)
+    if not any(value is None or isinstance(value, Shared | dict) for value in values):
+        return function(*values)
+    if not all(_same(value, last) for value in values):
+        raise ValueError("the positive and the negative conditioning differ in what has no batch; use split_guidance")
+    return last
+
+
+def _same(a, b):
+    a, b = unwrapped(a), unwrapped(b)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
 
 
 def _rows(rows, value):

@@ -36,12 +36,16 @@ class StableDiffusion(TextToImage):
     pipeline_options = {"safety_checker": None, "requires_safety_checker": False}
     text_encoders, tokenizers = ("text_encoder",), ("tokenizer",)
     prediction_types = ("epsilon", "v_prediction", "sample")
+    addition_embed_type = None  # what the UNet is told besides the text embeddings
 
     def __init__(self, pipe, name):
         from diffusers import DDIMScheduler
 
         _check_scheduler(pipe.scheduler)
-        self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        # What its file leaves out has the defaults of its own class, which are not always DDIM's.
+        config = {name: value for name, value in pipe.scheduler.config.items() if name != "_use_default_values"}
+        self.scheduler = DDIMScheduler.from_config(config)
+        _check_levels(self.scheduler, pipe.scheduler)
         self.prediction_type = self.scheduler.config.prediction_type
         super().__init__(pipe, name)
         alpha_bar = self.scheduler.alphas_cumprod.double()
@@ -61,6 +65,15 @@ class StableDiffusion(TextToImage):
                 f"the model's UNet gives {config.out_channels} channels and its VAE has {channels}; expected a model "
                 "that does not predict its own variance"
             )
+        wanted = self.addition_embed_type
+        others = {"addition_embed_type": wanted, "class_embed_type": None, "num_class_embeds": None,
+                  "encoder_hid_dim_type": None}  # fmt: skip
+        for setting, expected in others.items():
+            if config.get(setting) != expected:
+                raise UserError(
+                    f"the model's UNet has {setting} {config.get(setting)!r}; expected {expected!r}: it wants to be "
+                    "told more than this pipeline says"
+                )
         if config.time_cond_proj_dim is not None:
             raise UserError(
                 "the model's UNet takes the guidance scale as an input (time_cond_proj_dim), as latent consistency "
@@ -108,6 +121,8 @@ class StableDiffusion(TextToImage):
             2206.00364).
         Either one is a number, or a tensor (B,) for one level per row. Raises ValueError outside the model's range.
         """
+        if (timestep is None) == (sigma is None):
+            raise ValueError("point takes a timestep or a sigma, one of the two")
         given = timestep if sigma is None else sigma
         per_row = isinstance(given, torch.Tensor)
         values = given.double() if per_row else torch.tensor(given, dtype=torch.float64)
@@ -164,6 +179,7 @@ class StableDiffusionXL(StableDiffusion):
     pipeline_class = "StableDiffusionXLPipeline"
     pipeline_options = {"add_watermarker": False}
     text_encoders, tokenizers = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
+    addition_embed_type = "text_time"
     size_conditioned = True
     vae_obeys_force_upcast = True  # the published VAE overflows in float16
 
@@ -214,6 +230,16 @@ def _check_scheduler(scheduler):
         raise UserError(
             f"the scheduler's beta_schedule is {config.get('beta_schedule')!r}; expected one of "
             f"{', '.join(BETA_SCHEDULES)}"
+        )
+
+
+def _check_levels(ddim, scheduler):
+    """Raise UserError if DDIM reads other noise levels from the configuration than the scheduler itself."""
+    own = getattr(scheduler, "alphas_cumprod", None)
+    if own is None or own.shape != ddim.alphas_cumprod.shape or (own - ddim.alphas_cumprod).abs().max() > 1e-6:
+        raise UserError(
+            f"the noise levels of the model's {type(scheduler).__name__} cannot be had from its configuration; "
+            "expected beta_schedule, beta_start, beta_end and num_train_timesteps that say them"
         )
 
 

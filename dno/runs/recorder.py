@@ -128,12 +128,13 @@ class Recorder:
 
     def _line(self, step, seconds):
         """The line of metrics.jsonl: means over the images (of `..._min` the minimum), and the images one by one."""
-        images = [dict(last) for last in self.last]
-        means = {name: _reduce(name, [image[name] for image in images]) for name in images[0]}
+        images = [dict(last) for last in self.last]  # of an image that was not measured yet, an empty one
+        names = dict.fromkeys(name for image in images for name in image)
+        means = {name: _reduce(name, [image.get(name, math.nan) for image in images]) for name in names}
         return {
             "step": step,
             "reward": means.pop("reward"),
-            "rewards": [image["reward"] for image in images],
+            "rewards": [image.get("reward", math.nan) for image in images],
             **means,
             "seconds": seconds,
             "peak_memory_gb": self.peak.read(),

@@ -363,3 +363,13 @@ def test_forgiving_does_not_forgive_a_broken_contract():
     losses = Losses([Objective("none", 1.0, lambda inference_dtype, device: lambda images, prompts: None)])
     with pytest.raises(UserError, match="returned NoneType"):
         losses.forgiving(torch.zeros(2, 3, 4, 4), ["a", "b"])
+
+
+def test_a_reward_that_writes_into_its_images_spoils_nothing():
+    def writes(inference_dtype=None, device=None):
+        return lambda images, prompts: images.clamp_(0, 0.1).mean(dim=(1, 2, 3))
+
+    images = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    before = images.clone()
+    Losses([Objective("writes", 1.0, writes)])(images, ["a", "b"])
+    assert torch.equal(images, before)

@@ -509,3 +509,19 @@ def test_a_run_of_an_earlier_version_is_refused_in_one_line(tmp_path, capsys, mo
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.count("\n") == 1 and err.startswith("error: ") and "earlier version" in err
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(("method", "size"), [("dno", {"opt_steps": 3}), ("best_of_n", {"num_candidates": 4})])
+def test_a_run_that_failed_in_its_last_iteration_cannot_be_resumed(tiny_folder, tmp_path, method, size):
+    (tmp_path / "bad.py").write_text(
+        "def bad(inference_dtype=None, device=None):\n"
+        "    return lambda images, prompts: images.mean(dim=(1, 2, 3)) * float('nan')\n\nbad.differentiable = True\n"
+    )
+    settings = {"model": str(tiny_folder), "num_steps": 3, "draw": False, "objective": f"{tmp_path / 'bad.py'}:bad"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(UserError, match="finite reward"):
+            align(method=method, folder=tmp_path / "run", **settings, **size)
+        with pytest.raises(UserError, match="nothing is left to resume"):
+            align(resume=tmp_path / "run")
+    assert not (tmp_path / "run" / "result.json").exists()

@@ -177,3 +177,8 @@ def test_words_that_a_small_model_does_not_know_are_named_once(make, tiny_folder
 def test_a_weak_guidance_is_named(tiny_folder):
     with pytest.warns(UserWarning, match="--guidance_scale 0.5 is as 1"):
         dno.align(model=str(tiny_folder), num_steps=2, opt_steps=1, guidance_scale=0.5)
+
+
+def test_a_negative_prompt_without_guidance_is_named(tiny_folder):
+    with pytest.warns(UserWarning, match="--negative_prompt has no effect at --guidance_scale 1"):
+        dno.align(model=str(tiny_folder), num_steps=2, opt_steps=1, guidance_scale=1.0, negative_prompt="red car")

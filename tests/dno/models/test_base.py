@@ -292,3 +292,41 @@ def test_the_network_is_the_part_that_the_class_names(tiny_model):
     tiny_model.pipe.transformer = tiny_model.pipe.unet
     assert Transformer(tiny_model.pipe, "transformer").network is tiny_model.pipe.transformer
     assert [tiny_model.needs_negative(scale) for scale in (0, 1, 1.5)] == [False, False, True]
+
+
+def test_halves_that_differ_in_what_has_no_batch_are_not_joined():
+    positive, negative = ({"a": torch.zeros(2, 3), "size": Shared((n, n))} for n in (64, 16))
+    with pytest.raises(ValueError, match="differ in what has no batch; use split_guidance"):
+        Conditioning(positive, negative).doubled()
+    with pytest.raises(ValueError, match="differ"):
+        Conditioning({"a": torch.zeros(2, 3), "b": None}, {"a": torch.zeros(2, 3), "b": torch.zeros(2)}).doubled()
+    same = Conditioning(positive, {**negative, "size": Shared((64, 64))}).doubled()
+    assert len(same) == 4 and same.positive["size"] == Shared((64, 64))
+
+
+def test_rows_may_be_a_tensor():
+    conditioning = Conditioning({"a": torch.arange(6).view(3, 2), "b": ["x", "y", "z"]})
+    taken = conditioning[torch.tensor([2, 0])].positive
+    assert taken["a"].tolist() == [[4, 5], [0, 1]] and taken["b"] == ["z", "x"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 0}, "the rank of the adapter is 0; expected a whole number"),
+        ({"rank": 2, "target_modules": "to_z"}, "the network has no layer 'to_z'"),
+    ],
+)
+def test_adapters_that_cannot_be_are_one_line_and_leave_the_model_usable(tiny_model, arguments, message):
+    with pytest.raises(UserError, match=message):
+        tiny_model.add_adapter(**arguments)
+    assert tiny_model.add_adapter(2, target_modules="to_q")
+    with pytest.raises(UserError, match="has an adapter already"):
+        tiny_model.add_adapter(2)
+
+
+@pytest.mark.parametrize("setting", [{"scaling_factor": 0}, {"latents_mean": [0.0] * 4}], ids=str)
+def test_a_vae_whose_scale_is_not_known_is_refused(tiny_model, setting):
+    tiny_model.vae.register_to_config(**setting)
+    with pytest.raises(UserError, match="the VAE"):
+        type(tiny_model)(tiny_model.pipe, "mine")

@@ -381,3 +381,27 @@ def test_a_model_that_wants_more_than_noise_is_refused(tiny_model):
     tiny_model.pipe.unet.register_to_config(in_channels=9)
     with pytest.raises(UserError, match="UNet takes 9 channels and its VAE has 4.*inpainting"):
         StableDiffusion(tiny_model.pipe, "inpainting")
+
+
+def test_a_point_is_of_one_timestep_or_one_sigma(tiny_model):
+    for arguments in ({}, {"timestep": 500, "sigma": 1.0}):
+        with pytest.raises(ValueError, match="one of the two"):
+            tiny_model.point(**arguments)
+
+
+@pytest.mark.parametrize("kind", ["LCMScheduler", "HeunDiscreteScheduler", "EulerDiscreteScheduler", "PNDMScheduler"])
+def test_what_a_schedulers_file_leaves_out_has_its_own_classs_defaults(tiny_model, kind):
+    import diffusers
+
+    scheduler = getattr(diffusers, kind)()
+    tiny_model.pipe.scheduler = getattr(diffusers, kind).from_config({"_class_name": kind})
+    model = type(tiny_model)(tiny_model.pipe, "mine")
+    torch.testing.assert_close(model.scheduler.alphas_cumprod, scheduler.alphas_cumprod)
+    assert model.scheduler.config.timestep_spacing == scheduler.config.timestep_spacing
+
+
+@pytest.mark.parametrize("setting", [{"num_class_embeds": 3}, {"addition_embed_type": "text_time"}], ids=str)
+def test_a_unet_that_wants_to_be_told_more_is_refused(tiny_model, setting):
+    tiny_model.network.register_to_config(**setting)
+    with pytest.raises(UserError, match="wants to be told more than this pipeline says"):
+        type(tiny_model)(tiny_model.pipe, "mine")
