@@ -70,8 +70,8 @@ def _method_of(arguments):
         return None
     path = Path(given.config or "") if given.resume is None else Path(given.resume, "args.json")
     try:
-        return json.loads(path.expanduser().read_text(encoding="utf-8"))["method"]
-    except (OSError, ValueError, TypeError, KeyError):
+        return json.loads(path.expanduser().read_text(encoding="utf-8-sig"))["method"] or "dno"
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return "dno"  # which says what is wrong with the file, or takes it as its own
 
 

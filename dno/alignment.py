@@ -88,7 +88,14 @@ def align(
         settings["output"] = output
     start = prepare(settings, method, config, resume, defaults={"output": None})
     start = replace(start, asked=start.asked | objects)
-    return run(start, noise=noise, callback=callback, folder=folder, team=team, loaded=loaded)
+    try:
+        return run(start, noise=noise, callback=callback, folder=folder, team=team, loaded=loaded)
+    except KeyboardInterrupt as stop:
+        result = getattr(stop, "result", None)
+        if result is None or not hasattr(builtins, "__IPYTHON__"):
+            raise
+        warnings.warn(f"stopped by Ctrl-C after {len(result.metrics)} iterations", stacklevel=2)
+        return result
 
 
 def run(
@@ -127,9 +134,6 @@ def run(
             error.result = None
             with contextlib.suppress(Exception):  # such as on a device that has failed
                 error.result = _result(recorder) if recorder.metrics and recorder.state else None
-            if isinstance(error, KeyboardInterrupt) and error.result and hasattr(builtins, "__IPYTHON__"):
-                warnings.warn(f"stopped by Ctrl-C after {len(recorder.metrics)} iterations", stacklevel=3)
-                return error.result
             raise
 
 
@@ -137,6 +141,9 @@ def _iterate(method, recorder, asked):
     team = method.task.team
     if not team.leads:
         return method.serve()
+    done = len(recorder.metrics)
+    if method.num_iterations < done:
+        raise UserError(f"the run has {done} iterations already, more than the {method.num_iterations} asked for")
     recorder.begin(method, asked)
     state = method.blank() if recorder.checkpoint else method.start()
     recorder.follow(state)

@@ -190,14 +190,14 @@ class _Command:
             self.team.failed(why)
         if not self.team or self.team.leads:
             because = f" ({other})" if other and other not in why else ""
-            print(f"{why}{because}{self._what_is_kept()}", file=sys.stderr)
+            print(f"{why}{because}{self._what_is_kept(code)}", file=sys.stderr)
         elif not other:
             print(f"rank {self.team.rank}: {why}", file=sys.stderr)
         sys.exit(code)
 
-    def _what_is_kept(self):
+    def _what_is_kept(self, code):
         if self.prompts or self.seeds:
-            return "; repeat the command to resume what is missing"
+            return "; repeat the command to resume what is missing" if code != BAD_INPUT else ""
         folder = self.screen and self.screen.folder
         if not folder or not Path(folder).is_dir():  # gone if nothing was found
             return ""
@@ -237,7 +237,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return super()._format_action_invocation(action)
 
     def _format_args(self, action, default_metavar):
-        if action.nargs == "+":
+        if action.nargs in ("+", "*"):
             return f"{self._metavar_formatter(action, default_metavar)(1)[0]} ..."
         return super()._format_args(action, default_metavar)
 
@@ -309,7 +309,7 @@ def _epilog(commands):
         for name, factory in RFUNCTIONS.items()
     )
     rewards = textwrap.fill(f"rewards: {rewards}, or your own loss factory as FILE.py:FUNCTION", 116)
-    switches = "switches have an off, such as --no-split_guidance; the value none unsets an optional number"
+    switches = "turn a switch off with --no-NAME, such as --no-split_guidance; none unsets an optional number"
     return f"{rewards}\n{switches}\n{EXIT_CODES}\n\n{commands}"
 
 

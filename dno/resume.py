@@ -72,15 +72,15 @@ def _configured(config, method, given):
         return method or "dno", given
     path = Path(config).expanduser()
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"--config {path} cannot be read: {why}; expected an args.json") from error
     if not isinstance(found, dict) or not isinstance(found.get("settings", {}), dict):
         raise UserError(f"--config {path} is not a JSON object of settings by name; expected an args.json")
     if "settings" not in found and "git_revision" in found:
         raise UserError(f"--config {path} is of an earlier version, which kept no settings as they were asked for")
-    name = found.get("method", "dno")
+    name = found.get("method") or "dno"
     if method not in (None, name):
         raise UserError(f"--config {path} is for the method {name!r}; got {method!r}")
     known = found["settings"] if "settings" in found else {k: v for k, v in found.items() if k != "method"}
@@ -99,7 +99,8 @@ def _resumed(folder, given, method):
     Raises UserError if a setting that is not changeable differs from the run's, with the list of them, and if there is
     no whole checkpoint.
     """
-    if "-sweep-" in Path(folder).expanduser().resolve().name:
+    where = Path(folder).expanduser()
+    if not (where / "checkpoints").exists() and any(where.glob("*/checkpoints")):
         raise UserError(f"{folder} is the folder of several runs; repeat the command that made it to resume them")
     checkpoint = load_newest(folder)
     state, name = checkpoint.state, checkpoint.state["method"]

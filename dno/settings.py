@@ -77,12 +77,12 @@ class Model(Group):
         least=1,
         metavar="PX",
     )
-    width: int | None = setting(None, "image width in pixels, likewise", least=1, metavar="PX")
+    width: int | None = setting(None, "image width in pixels, likewise; default: the model's", least=1, metavar="PX")
     precision: str = setting(
         "auto",
         "what the frozen networks are stored and run in; noise, sampler and regularizer stay float32. "
         "auto: bf16 on a GPU that has it, else fp32",
-        basic="of the frozen networks: auto, fp32, bf16 or fp16",
+        basic="precision of the frozen networks: auto, fp32, bf16 or fp16",
         choices=PRECISIONS,
     )
     device: str = setting(
@@ -214,6 +214,9 @@ class Sampling(Group):
             value = getattr(self, name)
             if value == ():
                 raise UserError(f"--{name} is an empty list; expected a text, or one per image")
+            for text in value if isinstance(value, tuple) else (value or "",):
+                if not text.isprintable() and text.encode("utf-8", "ignore").decode() != text:
+                    raise UserError(f"--{name} is {text!r}, which is not text; expected valid Unicode")
             if isinstance(value, tuple) and len(value) != self.batch_size:
                 raise UserError(
                     f"--{name} has {len(value)} entries for {self.batch_size} images; expected one, or one per image"
@@ -238,7 +241,7 @@ class Objective(Group):
         (),
         "rewards to record without optimizing them: the most reliable sign of reward hacking",
         basic="rewards to record, not to climb: they show reward hacking",
-        nargs="+",
+        nargs="*",
         metavar="NAME",
     )
 
@@ -280,7 +283,7 @@ class Memory(Group):
     split_guidance: bool = setting(
         False,
         "run the two halves of the guidance one after the other: less memory, a little more time",
-        basic="the halves of the guidance one by one: less memory, more time",
+        basic="run the two halves of guidance one after the other",
         changeable=True,
     )
     compile: bool = setting(
@@ -322,7 +325,7 @@ class Output(Group):
     )
     checkpoints_total_limit: int = setting(2, "keep the newest N checkpoints", changeable=True, least=1, metavar="N")
     report_to: tuple[str, ...] = setting(
-        (), "trackers to send metrics and images to", changeable=True, nargs="+", choices=TRACKERS
+        (), "trackers to send metrics and images to", changeable=True, nargs="*", choices=TRACKERS
     )
     report_images_every: int = setting(
         10, "send them every n-th iteration's images", changeable=True, least=1, metavar="N"
@@ -416,7 +419,10 @@ def _as(kind, value):
         return str(value) if isinstance(value, str | Path) else _WRONG
     if kind in (int, float):
         number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-        return kind(value) if number else _WRONG
+        try:
+            return kind(value) if number else _WRONG
+        except OverflowError:
+            return _WRONG
     return value if isinstance(value, kind) else _WRONG
 
 
@@ -439,8 +445,16 @@ def _check_range(f, value):
         if isinstance(entry, float) and not math.isfinite(entry):
             raise UserError(f"--{f.name} is {entry}; expected a finite number")
         low, high, above = m["least"], m["most"], m["above"]
-        if (low is not None and entry < low) or (high is not None and entry > high):
-            wanted = f"{low} or more" if high is None else f"a number from {low} to {high}"
-            raise UserError(f"--{f.name} is {entry:g}; expected {wanted}")
-        if above is not None and entry <= above:
-            raise UserError(f"--{f.name} is {entry:g}; expected a number above {above}")
+        if (
+            (low is not None and entry < low)
+            or (high is not None and entry > high)
+            or (above is not None and entry <= above)
+        ):
+            raise UserError(f"--{f.name} is {entry:g}; expected {_range(low, high, above)}")
+
+
+def _range(low, high, above):
+    """The numbers that a setting takes, in words."""
+    if above is not None:
+        return f"a number above {above}" + ("" if high is None else f", {high} at most")
+    return f"{low} or more" if high is None else f"a number from {low} to {high}"

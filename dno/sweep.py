@@ -5,17 +5,16 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from dno.alignment import align
+from dno.alignment import run as do_run
 from dno.errors import UserError
 from dno.methods import method_class
-from dno.resume import make_settings
+from dno.resume import make_settings, prepare
 from dno.runs.checkpoints import OtherVersion, load_newest
 from dno.runs.files import write_whole
 from dno.runs.folder import lock_folder
@@ -61,6 +60,8 @@ def sweep(method, settings, prompts, seeds, prefix, team, callback=lambda metric
         RunSpec(run_name(p, s), method.name, {**settings, "prompt": p, "seed": s}, f"{p!r}, seed {s}", loaded)
         for p, s in pairs
     ]
+    for run in runs:  # before anything is made
+        make_settings(method, run.settings).resolve()
     about = {"method": method.name, "settings": asdict(resolved)}
     rows = run_all(folder, runs, about, team, together=method.shares_work(resolved), callback=callback)
     if team.leads:
@@ -85,7 +86,7 @@ def run_all(folder, runs, about, team=None, together=False, callback=lambda metr
                 write_whole(folder / "args.json", json.dumps(about, indent=2, default=str).encode() + b"\n")
             except OSError as error:
                 raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --output") from error
-            print(f"{len(runs)} runs in {folder}", flush=True)
+            print(f"{len(runs)} run{'s' * (len(runs) > 1)} in {folder}", flush=True)
         # The leader decides, since the others may see the disk late.
         stages = team.broadcast(torch.tensor([_stage(path) for path in folders])).tolist()
         left = [i for i, stage in enumerate(stages) if stage != DONE]
@@ -112,14 +113,14 @@ def _one(run, path, stage, shared_by, team, count, callback):
     try:
         if team.leads or shared_by is None:
             (path / "failed.txt").unlink(missing_ok=True)
-            if stage == NEW and path.is_dir():  # stopped before its first checkpoint
-                shutil.rmtree(path, ignore_errors=True)
+            if stage == NEW and path.is_dir():  # stopped before its first checkpoint, or all of them are damaged
+                _put_aside(path)
         if stage == STARTED:
             changeable = method_class(run.method).settings_class().changeable()
             given = {name: run.settings[name] for name in changeable if name in run.settings}
-            result = align(resume=path, method=run.method, **common, **given)
+            result = do_run(prepare(given, run.method, resume=path), **common)
         else:
-            result = align(folder=path, method=run.method, **common, **run.settings)
+            result = do_run(prepare(run.settings, run.method), folder=path, **common)
     except UserError as error:
         # With others at work on the run, or nothing loaded, the next one would fail like this one.
         if team.cause() or run.loaded.model is None or (shared_by is not None and team.size > 1):
@@ -133,14 +134,26 @@ def _one(run, path, stage, shared_by, team, count, callback):
             print(f"{count}  {run.title}: {first:.4f} -> {best:.4f}", flush=True)
 
 
+def _put_aside(path):
+    """Give a folder another name, unless it is empty: what is in it may be of use."""
+    if not any(path.rglob("*")):
+        path.rmdir()
+        return
+    for n in range(1, 1000):
+        aside = path.with_name(f"{path.name}.old-{n}")
+        if not aside.exists():
+            path.rename(aside)
+            warnings.warn(f"{path} cannot be resumed and starts over; what it holds is in {aside}", stacklevel=2)
+            return
+
+
 def read_prompts(file):
     """The prompts in a text file, one per line, each once. Raises UserError."""
     try:
         lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--prompts {file} cannot be read: {error}; expected a text file, one prompt per line"
-        ) from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--prompts {file} cannot be read: {why}; expected a text file, one prompt per line") from error
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
         raise UserError(f"--prompts {file} has no prompt in it; expected one per line")
@@ -164,7 +177,7 @@ def _stage(path):
     except OtherVersion:  # what it found is kept
         raise
     except UserError as error:
-        warnings.warn(f"{error}; it starts over", stacklevel=2)
+        warnings.warn(str(error), stacklevel=2)
         return NEW
     return STARTED
 

@@ -19,8 +19,8 @@ from rewards import MODELS  # noqa: E402
 INTRODUCTION = """# Flags
 
 Every setting is a flag of the command line, a keyword of `dno.align`, and an entry of `args.json`, under the same name.
-`-h` shows the basic ones, `--help_all` all of them. Those marked with * may be changed when a run is resumed. Switches
-have an off (`--no-compile`), and the value `none` unsets an optional number. `python docs/flags.py` makes this page.
+`-h` shows the basic ones, `--help_all` all of them. Those marked with * may be changed when a run is resumed. Turn
+a switch off with `--no-NAME`; the value `none` unsets an optional number. `python docs/flags.py` makes this page.
 """
 
 

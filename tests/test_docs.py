@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import rewards
 from dno import align
 from dno.cli import build_parser, parse
 from dno.methods import METHODS, method_class
@@ -61,7 +60,7 @@ def test_the_readme_is_short():
 # The examples of docs/extending.md, as a reader would use them.
 
 CODE = re.findall(r"```python\n(.*?)```", PAGES["extending.md"], re.S)
-EXAMPLES = dict(zip(("reward", "model", "family", "method"), CODE))
+EXAMPLES = dict(zip(("reward", "model", "family", "method"), CODE, strict=True))
 
 
 def example(name):
@@ -134,4 +133,3 @@ def test_the_loop_of_ones_own(tiny_folder, monkeypatch, capsys):
     code = code.replace('"sprites"', repr(str(tiny_folder))).replace("opt_steps=30", "opt_steps=2, num_steps=3")
     exec(code, {})
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["1", "2"]
-    assert rewards.RFUNCTIONS

@@ -188,8 +188,9 @@ class NoiseOptimization(Method):
         s = self.settings
         noises = f"noises 0..{s.opt_time}" if s.opt_time < s.num_steps else "all noises"
         rule = s.optimizer if s.precondition == "none" else s.precondition
+        iterations = f"{s.opt_steps} iteration{'s' * (s.opt_steps > 1)}"
         rows = {
-            "optimizing": f"{'x_T' if s.eta == 0 else noises}, {s.opt_steps} iterations, {rule}, lr {s.lr:g}, "
+            "optimizing": f"{'x_T' if s.eta == 0 else noises}, {iterations}, {rule}, lr {s.lr:g}, "
             f"gamma {s.gamma:g}, checkpointing {self.task.plan.describe()}"
         }
         if s.estimator != "backprop":

@@ -310,7 +310,7 @@ def _flags(runs, labels):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m dno.report", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m dno report", description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN_FOLDER", help="such as output/SD-<date>-<time>")
     place = "default: report.html in the run's folder, or in the common parent of several, or here if they have none"
     parser.add_argument("--output", metavar="FILE", help=place)

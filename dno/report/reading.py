@@ -151,7 +151,7 @@ def read_log(folder):
     for line in _text(path, errors="replace").split("\n"):
         try:
             entry = json.loads(line)
-        except ValueError:  # a run that was killed, or is still writing, leaves half a line
+        except (ValueError, RecursionError):  # a run that was killed, or is still writing, leaves half a line
             continue
         if isinstance(entry, dict) and type(entry.get("step")) is int and entry["step"] >= 0:
             entries[entry["step"]] = entry
@@ -164,7 +164,7 @@ def read_result(folder):
     """What result.json holds, or None if there is none: the run did not come to its end."""
     try:
         result = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return result if isinstance(result, dict) else None
 
@@ -174,7 +174,7 @@ def _read_args(folder):
     path = folder / "args.json"
     try:
         args = json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is not JSON: {error}") from error

@@ -37,6 +37,7 @@ class Run:
     def __init__(self, output=None, prefix="SD", folder=None, resume=False):
         stem = f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}"
         with _disk(output if folder is None else folder):
+            self.made = folder is None or not Path(folder).expanduser().exists()
             if folder is None:
                 Path(output).expanduser().mkdir(parents=True, exist_ok=True)
                 folder = _new_folder(Path(output).expanduser(), stem)
@@ -46,7 +47,6 @@ class Run:
             (self.folder / "images").mkdir(parents=True, exist_ok=True)
             handle = lock_folder(self.folder)
             self.close = weakref.finalize(self, os.close, handle) if handle is not None else lambda: None
-            (self.folder / "result.json").unlink(missing_ok=True)
             if not os.access(self.folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
@@ -69,6 +69,7 @@ class Run:
         """Add one line to metrics.jsonl; what is not finite is written as null."""
         path = self.folder / "metrics.jsonl"
         line = json.dumps(_plain(metrics)).encode() + b"\n"
+        (self.folder / "result.json").unlink(missing_ok=True)  # a run that goes on has no result yet
         # Unbuffered: a buffer would be written again when the file is closed, after the half line was cut off.
         with _disk(path), open(path, "ab", buffering=0) as file:
             end = file.tell()
@@ -151,8 +152,13 @@ class Run:
             self._write(self._picture("gallery", index).relative_to(self.folder), _contact_sheet(entries))
 
     def discard(self):
-        """Remove the folder of a run that ended before its first iteration."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Take back what a new run that ended before its first iteration has made; nothing else is removed."""
+        if self.made:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        for name in ("images", "trackers"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / "args.json").unlink(missing_ok=True)
 
     def _write(self, name, data):
         path = self.folder / name
@@ -257,6 +263,8 @@ def _disk(path):
     try:
         yield
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        fix = "free some space or choose" if full else "choose"
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder with --output"
+            f"cannot write {path}: {error.strerror or error}; {fix} another folder with --output"
         ) from error

@@ -1,10 +1,12 @@
 """The recorder of one run: all that is written, shown, tracked, saved and stopped by happens here."""
 
+import copy
 import math
 import statistics
 import time
 import warnings
 
+import numpy as np
 import torch
 
 from dno.errors import UserError
@@ -24,7 +26,7 @@ class Recorder:
     screen: a `dno.runs.screen.Screen`, or None. callback: called with each line of metrics.jsonl as a dict; True stops
     the run, which keeps its result. draw: folder -> None, draws what `settings.draw` asks for.
 
-    metrics: one dict per iteration. best: a `Best` per image. done: whether the callback, or a rule, ended the run.
+    metrics: one dict per iteration. best: a `Best` per image. done: whether the callback ended the run.
     """
 
     def __init__(self, settings, method, checkpoint=None, screen=None, callback=None, draw=None):
@@ -80,8 +82,9 @@ class Recorder:
             metrics = self._take_down(found, seconds)
         finally:
             self.signals.release()
-        if self.callback and self.callback(metrics) is True:
-            self.done = True
+        if self.callback:
+            answer = self.callback(copy.deepcopy(metrics))
+            self.done = isinstance(answer, bool | np.bool_) and bool(answer)
         self.mark = time.perf_counter()
 
     def _take_down(self, found, seconds):
@@ -243,7 +246,7 @@ class Recorder:
                     self.folder.save_gallery(entries, b)
                 if self.draw and self.settings.draw:
                     self.draw(self.folder.folder)
-            else:
+            elif self.checkpoint is None:
                 self.folder.discard()
             self.folder.close()
 

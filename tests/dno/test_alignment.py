@@ -466,8 +466,10 @@ def test_a_callback_that_returns_true_ends_the_run_and_keeps_its_result(quick, t
     check_equal(result, shorter)
     assert json.loads((result.folder / "result.json").read_text())["iterations"] == 2
     check_equal(align(resume=result.folder), whole)
-    for value in (1, "yes", [True], None, np.True_):
+    for value in (1, "yes", [True], None, np.False_):
         assert len(quick(callback=lambda metrics, value=value: value).metrics) == 4, "True alone ends it"
+    assert len(quick(callback=lambda metrics: np.mean(metrics["rewards"]) > -10).metrics) == 1, "numpy's True too"
+    assert len(quick(callback=lambda metrics: metrics.clear()).metrics[-1]["images"]) == 1, "it gets its own copy"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("enough"), SystemExit(3)], ids=repr)

@@ -383,7 +383,7 @@ def test_what_a_run_was_made_with_is_kept(quick, monkeypatch):
 
 
 def test_the_folder_of_several_runs_is_named_as_such(tmp_path):
-    (tmp_path / "SD-sweep-0123abcd").mkdir()
+    (tmp_path / "SD-sweep-0123abcd" / "white-duck-s0" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="the folder of several runs"):
         align(resume=tmp_path / "SD-sweep-0123abcd")
 
@@ -525,3 +525,32 @@ def test_a_run_that_failed_in_its_last_iteration_cannot_be_resumed(tiny_folder, 
         with pytest.raises(UserError, match="nothing is left to resume"):
             align(resume=tmp_path / "run")
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_refused_resume_removes_nothing(quick):
+    run = quick("run", opt_steps=2)
+    (run.folder / "metrics.jsonl").write_text("")
+    (run.folder / "notes.txt").write_text("mine")
+    before = sorted(run.folder.rglob("*"))
+    with pytest.raises(UserError, match="has not the 2 iterations"):
+        align(resume=run.folder, opt_steps=4)
+    assert sorted(run.folder.rglob("*")) == before
+
+
+def test_a_folder_that_the_user_made_stays(tiny_folder, tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError):
+        align(model=str(tiny_folder), folder=tmp_path / "mine", num_steps=3, height=17)
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_fewer_iterations_than_there_are_is_one_line(quick):
+    run = quick("run", opt_steps=3)
+    with pytest.raises(UserError, match="has 3 iterations already, more than the 2 asked for"):
+        align(resume=run.folder, opt_steps=2)
+    assert (run.folder / "result.json").is_file()
+
+
+def test_a_run_may_be_called_a_sweep(quick):
+    run = quick("lr-sweep-1", opt_steps=2)
+    assert len(align(resume=run.folder, opt_steps=3).metrics) == 3

@@ -110,7 +110,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_starts_over(launch, tmp_path, p
     for path in car.glob("checkpoints/*.safetensors"):
         path.write_bytes(b"")
     code, out, err = launch(1, "--prompts prompts.txt", **GRADIENT)[0]
-    assert code == 0 and "it starts over" in err and "2/3  'red car'" in out and "1/3" not in out
+    assert code == 0 and "starts over; what it holds is in" in err and (car.parent / f"{car.name}.old-1").is_dir()
+    assert "2/3  'red car'" in out and "1/3" not in out
 
 
 def test_a_rank_that_stalls_ends_the_others(launch, tmp_path, prompts):

@@ -256,7 +256,9 @@ def test_the_result_says_what_was_found(written):
     }  # fmt: skip
     handle = written.folder
     written.close()
-    Run(folder=handle, resume=True)
+    again = Run(folder=handle, resume=True)
+    assert (handle / "result.json").exists(), "nothing has changed yet"
+    again.log({"step": 2})
     assert not (handle / "result.json").exists(), "it is not done yet"
 
 
