@@ -198,7 +198,9 @@ class ProcessTeam(Team):
                 key = f"met/{rank}"
                 if rank != self.rank and (not self.store.check([key]) or int(self.store.get(key)) < self.meetings):
                     missing.append(str(rank))
-        who = f"rank {', '.join(missing)}" if missing else "another rank"
+        # One that was there and ended afterwards is not missing; of two processes it must be the other one.
+        others = missing or [str(rank) for rank in range(self.size) if rank != self.rank]
+        who = f"rank {', '.join(others)}" if missing or len(others) == 1 else f"one of the ranks {', '.join(others)}"
         if "imed out" in str(error):
             return f"{who} did not answer within {self.timeout:g} seconds; if it is not stalled, raise --timeout"
         return f"{who} exited without reporting a reason (killed or out of memory?)"
