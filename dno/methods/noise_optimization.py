@@ -243,9 +243,9 @@ class NoiseOptimization(Method):
                 },
                 evaluations=task.evaluate(estimate.images, rows),
             )  # fmt: skip
+            rewards, norms = (-found.losses).tolist(), found.metrics["grad_norm"].tolist()
             with state.changing():
-                for row, b in enumerate(rows):
-                    reward, norm = -found.losses[row].item(), found.metrics["grad_norm"][row].item()
+                for row, (b, reward, norm) in enumerate(zip(rows, rewards, norms)):
                     if math.isfinite(reward) and math.isfinite(norm):
                         state.images[b].update(gradient[:, row], settings.max_grad_norm)
                     else:

@@ -12,6 +12,8 @@ from PIL import Image
 from dno import UserError, align
 from dno.methods.best_of_n import SHOWN, SHOWN_SIZE, Ranking, neighbour
 from dno.noise import NEIGHBOUR, draw_noise, keyed_generator, load_noise
+from dno.resume import prepare
+from dno.task import Loaded, Task
 
 SHAPE, STEPS = (4, 8, 8), 3
 
@@ -99,6 +101,20 @@ def test_batches_change_nothing_but_rounding(quick, search):
     for b in range(2):
         alone = quick(seed=b, search=search)
         assert torch.equal(alone.noise[:, 0], together.noise[:, b])
+
+
+def test_every_iteration_has_the_image_of_its_own_best_whichever_candidate_that_is(tiny_model):
+    settings = {"model": tiny_model.name, "num_steps": STEPS, "objective": "contrast", "batch_size": 2}
+    start = prepare({**settings, "num_candidates": 12, "candidates_per_iteration": 3}, "best_of_n")
+    method = start.method(Task(start.settings, loaded=Loaded(tiny_model)))
+    places = set()
+    for found in method.iterations(method.start()):
+        with torch.no_grad():
+            images = method.task.render(found.noise.unbind(), found.rows)
+        torch.testing.assert_close(found.images, images)
+        torch.testing.assert_close(found.losses, method.task.losses(images, found.rows)[0])
+        places |= {int(k) % 3 for k in found.metrics["candidate"]}
+    assert {0} < places, "the first of an iteration wins in some of them, and others in others"
 
 
 def test_more_candidates_than_an_iteration_takes_are_tried_and_no_more(quick):
